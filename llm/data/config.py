@@ -1,0 +1,110 @@
+"""Configs of the data package: where text comes from, how it is tokenised, how it is batched.
+Plain frozen dataclasses; importing them imports neither JAX nor any reader."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Literal, get_args
+
+SourceKind = Literal["tfds", "files", "huggingface"]
+TokenizerKind = Literal["train", "file", "bytes", "gpt2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One corpus: a TFDS data set, plain files, or a Hugging Face data set."""
+
+    kind: SourceKind = "files"
+    # TFDS: "english_prose", "film_reviews/reviews", any "name/config:version".
+    # Hugging Face: "owner/name" or "owner/name:config". Unused by files.
+    name: str = ""
+    # Globs of .jsonl, .txt, .parquet files, each also .gz .bz2 .xz .zst; local or gs:// paths.
+    paths: tuple[str, ...] = ()
+    # Files to validate on; empty = held out of `paths` (see validation_fraction).
+    validation_paths: tuple[str, ...] = ()
+    split: str = "train"
+    # Split to validate on; "" = hold out `validation_fraction` of the groups of `split`.
+    validation_split: str = ""
+    # Share of groups held out, chosen by a hash of the group: stable when documents are added.
+    validation_fraction: float = 0.02
+    text_field: str = "text"
+    # Field that names what must not be cut by a split (a work, a film, a package);
+    # "" = each document by itself.
+    group_field: str = ""
+    # A longer document is a bad row: one runaway file should not fill the memory.
+    max_document_bytes: int = 64 * 1024 * 1024
+    # Share of the mixture, relative to the other sources' weights. None (in every source):
+    # each document once an epoch, so that sources count by their size.
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("source kind", self.kind, get_args(SourceKind))
+        if not 0.0 <= self.validation_fraction < 1.0:
+            raise ValueError(
+                f"validation_fraction is {self.validation_fraction}; it must lie in [0, 1)"
+            )
+        if self.weight is not None and self.weight < 0:
+            raise ValueError(f"source weight is {self.weight}; it must not be negative")
+        if self.max_document_bytes < 1:
+            raise ValueError(f"max_document_bytes is {self.max_document_bytes}; it must be ≥ 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer: trained on the data here, loaded from a file, raw bytes, or GPT-2's."""
+
+    kind: TokenizerKind = "train"
+    # For "file": a tokenizer.json, or a directory that holds one (a workdir's tokenizer too).
+    path: str = ""
+    # For "train": entries in all, special tokens included.
+    vocab_size: int = 8192
+    # For "train": text read from each source at most, taken evenly over its documents.
+    max_train_bytes_per_source: int = 64 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        _check_choice("tokenizer kind", self.kind, get_args(TokenizerKind))
+        if self.kind == "file" and not self.path:
+            raise ValueError('tokenizer kind "file" needs tokenizer.path; it is empty')
+        if self.vocab_size < 1:
+            raise ValueError(f"tokenizer.vocab_size is {self.vocab_size}; it must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Everything between raw text and batches of packed rows."""
+
+    # A mixture by name: `--config.data.sources.code.weight=0.3`.
+    sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    length_tokens: int = 1024
+    # Rows of the global batch, over all hosts.
+    batch_sequences: int = 8
+    # Seed of the order of documents and rows; apart from the model's seed.
+    seed: int = 0
+    # Bad rows skipped per source before preparation stops.
+    max_bad_rows: int = 100
+    # Share of held-out documents that may (nearly) occur in training before preparation fails.
+    max_overlap_fraction: float = 0.01
+    # Where prepared data lies; "" = $LLM_CACHE, or ~/.cache/ontogeny-llm.
+    cache_dir: str = ""
+    # Processes that tokenise; 0 = in this process.
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("length_tokens", "batch_sequences"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("max_bad_rows", "num_workers", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it must not be negative")
+
+
+def cache_root(cache_dir: str = "") -> pathlib.Path:
+    """Return where downloads and prepared data lie: `cache_dir`, else $LLM_CACHE, else ~/.cache."""
+    chosen = cache_dir or os.environ.get("LLM_CACHE") or "~/.cache/ontogeny-llm"
+    return pathlib.Path(chosen).expanduser().absolute()
+
+
+def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{what} is {value!r}; it must be one of {', '.join(choices)}")
