@@ -1,0 +1,116 @@
+"""What a transformer is (TransformerConfig) and how it is computed (ComputeConfig). Without JAX."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """One transformer. GPT-2, Llama, Qwen and the rest are values of this, not subclasses.
+
+    Layers are `prefix_layers` once, then `cycle_layers` repeated: "global" layers attend to all
+    positions that `attention` admits, "local" ones to `sliding_window_tokens` of them.
+    """
+
+    vocab_size: int = 50257
+    width: int = 768  # D
+    num_layers: int = 12  # L
+    num_heads: int = 12  # N
+    num_kv_heads: int = 12  # K
+    head_dim: int = 64  # H
+    mlp_width: int = 3072  # F
+    max_length_tokens: int = 1024
+    prefix_layers: tuple[str, ...] = ()
+    cycle_layers: tuple[str, ...] = ("global",)
+
+    attention: Literal["causal", "bidirectional", "prefix"] = "causal"
+    sliding_window_tokens: int | None = None
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    attention_softcap: float | None = None
+    qk_norm: bool = False
+
+    positions: Literal["learned", "sinusoidal", "rotary", "alibi", "none"] = "rotary"
+    rope_theta: float = 10_000.0
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    rope_factor: float = 1.0
+    rope_low_frequency_factor: float = 1.0
+    rope_high_frequency_factor: float = 4.0
+    rope_original_length_tokens: int = 8192
+
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_placement: Literal["pre", "post"] = "pre"
+    norm_epsilon: float = 1e-5
+    activation: Literal["gelu", "gelu_tanh", "relu_squared", "swiglu", "geglu"] = "swiglu"
+    mlp_bias: bool = False
+    dropout_rate: float = 0.0
+
+    tied_head: bool = False
+    head_softcap: float | None = None
+    vocab_multiple: int = 128
+    # "gpt2": std 0.02, residual outputs / sqrt(2L). "fan_in": std 1/sqrt(fan in), residual outputs 0.
+    initializer: Literal["gpt2", "fan_in"] = "gpt2"
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table: the true vocabulary rounded up to `vocab_multiple`."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def num_cycles(self) -> int:
+        """How often `cycle_layers` repeats: the length of axis 0 of the stacked parameters."""
+        return (self.num_layers - len(self.prefix_layers)) // len(self.cycle_layers)
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each layer, bottom first."""
+        return self.prefix_layers + self.cycle_layers * self.num_cycles
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward block multiplies by a gate (three matrices instead of two)."""
+        return self.activation in ("swiglu", "geglu")
+
+    def __post_init__(self):
+        for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+            _require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)}: must be positive")
+        for name in ("mlp_width", "max_length_tokens", "vocab_multiple"):
+            _require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)}: must be positive")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
+        )
+        for kind in self.prefix_layers + self.cycle_layers:
+            _require(kind in ("global", "local"), f"layer kind {kind!r}: must be 'global' or 'local'")
+        _require(bool(self.cycle_layers), "model.cycle_layers is empty: give at least ('global',)")
+        cycled = self.num_layers - len(self.prefix_layers)
+        _require(
+            cycled >= 0 and cycled % len(self.cycle_layers) == 0,
+            f"model.num_layers={self.num_layers} is not {len(self.prefix_layers)} prefix layers plus "
+            f"whole cycles of {len(self.cycle_layers)}",
+        )
+        _require(
+            "local" not in self.layer_kinds or (self.sliding_window_tokens or 0) > 0,
+            "local layers need a positive model.sliding_window_tokens",
+        )
+        _require(
+            self.positions != "rotary" or self.head_dim % 2 == 0,
+            f"model.head_dim={self.head_dim}: rotary positions need an even head width",
+        )
+        _require(
+            0.0 <= self.dropout_rate < 1.0, f"model.dropout_rate={self.dropout_rate}: must be in [0, 1)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How a transformer is computed: nothing here changes what it is."""
+
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    attention_kernel: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto"
+    remat: Literal["none", "full", "dots", "dots_with_no_batch", "attention"] = "none"
+    unroll_layers: bool = True  # faster to run when small; rolled compiles fast at depth
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,176 @@
+"""Attention, feed-forward and the residual block that joins them. Models floor."""
+
+from typing import Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from llm.models.attention_kernels import attend
+from llm.models.config import ComputeConfig, TransformerConfig
+from llm.models.masks import AttentionPattern
+from llm.models.norms import Norm
+from llm.models.positions import apply_rotary
+from llm.models.projection import Projection, fan_in
+from llm.parallel.rules import constrain
+
+Hidden = Float[Array, "B T D"]
+
+
+@flax.struct.dataclass
+class LayerInputs:
+    """What every layer of one forward pass shares."""
+
+    patterns: dict[str, AttentionPattern]  # by layer kind
+    rotary: tuple[jax.Array, jax.Array] | None  # cos and sin
+    deterministic: bool = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """Keys and values of all layers that stand at one place of the cycle, stacked on axis 0."""
+
+    key: Float[Array, "L B K S H"]
+    value: Float[Array, "L B K S H"]
+
+    def write(self, layer: Int[Array, ""], start, key, value) -> "LayerCache":
+        """Return the cache with [B K T H] keys and values of one layer written from `start` on."""
+        at = (layer, 0, 0, start, 0)
+        return LayerCache(
+            jax.lax.dynamic_update_slice(self.key, key[None].astype(self.key.dtype), at),
+            jax.lax.dynamic_update_slice(self.value, value[None].astype(self.value.dtype), at),
+        )
+
+    def read(self, layer: Int[Array, ""]) -> tuple[jax.Array, jax.Array]:
+        """Return one layer's [B K S H] keys and values."""
+        take = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)  # noqa: E731
+        return take(self.key), take(self.value)
+
+
+class Attention(nn.Module):
+    """Multi-head, grouped-query or multi-query attention: one module, by the number of K heads."""
+
+    config: TransformerConfig
+    compute: ComputeConfig
+    kind: Literal["global", "local"]
+
+    @nn.compact
+    def __call__(
+        self, x: Hidden, inputs: LayerInputs, cache: LayerCache | None, layer: Int[Array, ""]
+    ) -> tuple[Hidden, LayerCache | None]:
+        c, dtype = self.config, jnp.dtype(self.compute.dtype)
+        n, k, h, d = c.num_heads, c.num_kv_heads, c.head_dim, c.width
+
+        def project(name, spec, shape, axes, bias, residual=False):
+            init = kernel_init(c, spec, shape, residual)
+            return Projection(spec, shape, axes, init, bias, dtype, name=name)
+
+        bias = c.attention_bias != "none"
+        query = project("query", "BTD,DNH->BTNH", (d, n, h), ("embed", "heads", "head_dim"), bias)(x)
+        kv_axes = ("embed", "kv_heads", "head_dim")
+        key = project("key", "BTD,DKH->BTKH", (d, k, h), kv_axes, bias)(x)
+        value = project("value", "BTD,DKH->BTKH", (d, k, h), kv_axes, bias)(x)
+        query = constrain(
+            query, "activation_batch", "activation_length", "activation_heads", "activation_head_dim"
+        )
+        if c.qk_norm:
+            query = Norm("rmsnorm", c.norm_epsilon, dtype, name="query_norm")(query)
+            key = Norm("rmsnorm", c.norm_epsilon, dtype, name="key_norm")(key)
+        if inputs.rotary is not None:
+            query, key = apply_rotary(query, *inputs.rotary), apply_rotary(key, *inputs.rotary)
+        pattern = inputs.patterns[self.kind]
+        key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+        if cache is not None:
+            cache = cache.write(layer, pattern.query_start, key, value)
+            key, value = cache.read(layer)
+        out = attend(
+            query,
+            key,
+            value,
+            pattern,
+            kernel=self.compute.attention_kernel,
+            softcap=c.attention_softcap,
+        )
+        out = checkpoint_name(out, "attention")
+        spec, axes = "BTNH,NHD->BTD", ("heads", "head_dim", "embed")
+        out = project("out", spec, (n, h, d), axes, c.attention_bias == "all", residual=True)(out)
+        return out, cache
+
+
+class FeedForward(nn.Module):
+    """Two matrices around a non-linearity, or three with a gate (Shazeer 2020, arXiv:2002.05202)."""
+
+    config: TransformerConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Hidden:
+        c, dtype = self.config, jnp.dtype(self.compute.dtype)
+        d, f = c.width, c.mlp_width
+
+        def project(name, spec, shape, axes, residual=False):
+            init = kernel_init(c, spec, shape, residual)
+            return Projection(spec, shape, axes, init, c.mlp_bias, dtype, name=name)
+
+        up = project("up", "BTD,DF->BTF", (d, f), ("embed", "mlp"))(x)
+        match c.activation:
+            case "gelu":
+                hidden = jax.nn.gelu(up, approximate=False)
+            case "gelu_tanh":
+                hidden = jax.nn.gelu(up, approximate=True)
+            case "relu_squared":
+                hidden = jnp.square(jax.nn.relu(up))
+            case "swiglu":
+                hidden = jax.nn.silu(project("gate", "BTD,DF->BTF", (d, f), ("embed", "mlp"))(x)) * up
+            case "geglu":
+                gate = project("gate", "BTD,DF->BTF", (d, f), ("embed", "mlp"))(x)
+                hidden = jax.nn.gelu(gate, approximate=True) * up
+        hidden = constrain(hidden, "activation_batch", "activation_length", "activation_mlp")
+        return project("down", "BTF,FD->BTD", (f, d), ("mlp", "embed"), residual=True)(hidden)
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each with a residual around it and a norm before or after."""
+
+    config: TransformerConfig
+    compute: ComputeConfig
+    kind: Literal["global", "local"]
+
+    @nn.compact
+    def __call__(
+        self, x: Hidden, inputs: LayerInputs, cache: LayerCache | None, layer: Int[Array, ""]
+    ) -> tuple[Hidden, LayerCache | None]:
+        c, dtype = self.config, jnp.dtype(self.compute.dtype)
+        attention_norm = Norm(c.norm, c.norm_epsilon, dtype, name="attention_norm")
+        mlp_norm = Norm(c.norm, c.norm_epsilon, dtype, name="mlp_norm")
+        attention = Attention(c, self.compute, self.kind, name="attention")
+        mlp = FeedForward(c, self.compute, name="mlp")
+
+        def dropout(y):
+            return nn.Dropout(c.dropout_rate)(y, deterministic=inputs.deterministic)
+
+        if c.norm_placement == "pre":
+            y, cache = attention(attention_norm(x), inputs, cache, layer)
+            x = x + dropout(y)
+            x = x + dropout(mlp(mlp_norm(x)))
+        else:
+            y, cache = attention(x, inputs, cache, layer)
+            x = attention_norm(x + dropout(y))
+            x = mlp_norm(x + dropout(mlp(x)))
+        return constrain(x, "activation_batch", "activation_length", "activation_embed"), cache
+
+
+def kernel_init(config: TransformerConfig, spec: str, shape: tuple[int, ...], residual: bool):
+    """Return the initialiser of a kernel; `residual` marks those that write to the residual stream.
+
+    Source: "gpt2" is Radford et al. 2019, section 2.3; "fan_in" with zero residual outputs is the
+    modded-nanogpt and nanochat practice.
+    """
+    if config.initializer == "gpt2":
+        return nn.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5 if residual else 0.02)
+    if residual:
+        return nn.initializers.zeros_init()
+    return nn.initializers.normal(fan_in(spec, shape) ** -0.5)

@@ -1,0 +1,125 @@
+"""Published shapes, and a depth dial for our own. Models floor, without JAX.
+
+Parameter counts that each must give are asserted in tests/models/test_presets.py.
+"""
+
+import dataclasses
+
+from llm.models.config import TransformerConfig
+
+
+def _gpt2(width: int, num_layers: int, num_heads: int) -> TransformerConfig:
+    return TransformerConfig(
+        vocab_size=50257,
+        width=width,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=width // num_heads,
+        mlp_width=4 * width,
+        max_length_tokens=1024,
+        attention_bias="all",
+        positions="learned",
+        norm="layernorm",
+        activation="gelu_tanh",
+        mlp_bias=True,
+        tied_head=True,
+    )
+
+
+def _gpt3(width: int, num_layers: int, num_heads: int) -> TransformerConfig:
+    return dataclasses.replace(_gpt2(width, num_layers, num_heads), max_length_tokens=2048)
+
+
+def _llama(width, num_layers, num_heads, num_kv_heads, mlp_width, **other) -> TransformerConfig:
+    shape = dict(
+        width=width,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=width // num_heads,
+        mlp_width=mlp_width,
+    )
+    return TransformerConfig(**(shape | other))
+
+
+_LLAMA3 = dict(vocab_size=128_256, max_length_tokens=8192, rope_theta=500_000.0)
+
+PRESETS: dict[str, TransformerConfig] = {
+    # Radford et al. 2019, table 2; sizes as released.
+    "gpt2-124m": _gpt2(768, 12, 12),
+    "gpt2-355m": _gpt2(1024, 24, 16),
+    "gpt2-774m": _gpt2(1280, 36, 20),
+    "gpt2-1.5b": _gpt2(1600, 48, 25),
+    # Brown et al. 2020, arXiv:2005.14165, table 2.1. The table contradicts itself twice. XL: 24 heads
+    # of 128 are not 2,048 wide; taken as 16 × 128. 13B: 5,140 is not 40 heads of 128; taken as 5,120.
+    # The paper's alternating sparse layers are dense here: the parameters are the same.
+    "gpt3-125m": _gpt3(768, 12, 12),
+    "gpt3-350m": _gpt3(1024, 24, 16),
+    "gpt3-760m": _gpt3(1536, 24, 16),
+    "gpt3-1.3b": _gpt3(2048, 24, 16),
+    "gpt3-2.7b": _gpt3(2560, 32, 32),
+    "gpt3-6.7b": _gpt3(4096, 32, 32),
+    "gpt3-13b": _gpt3(5120, 40, 40),
+    "gpt3-175b": _gpt3(12288, 96, 96),
+    # Touvron et al. 2023, arXiv:2307.09288; Grattafiori et al. 2024, arXiv:2407.21783, table 3.
+    "llama2-7b": _llama(4096, 32, 32, 32, 11008, vocab_size=32_000, max_length_tokens=4096),
+    "llama3-8b": _llama(4096, 32, 32, 8, 14336, **_LLAMA3),
+    "llama3-70b": _llama(8192, 80, 64, 8, 28672, **_LLAMA3),
+    # Allal et al. 2025, arXiv:2502.02737.
+    "smollm2-135m": _llama(
+        576,
+        30,
+        9,
+        3,
+        1536,
+        vocab_size=49_152,
+        max_length_tokens=8192,
+        rope_theta=100_000.0,
+        tied_head=True,
+    ),
+    # Yang et al. 2025, arXiv:2505.09388, table 1.
+    "qwen3-0.6b": _llama(
+        1024,
+        28,
+        16,
+        8,
+        3072,
+        vocab_size=151_936,
+        head_dim=128,
+        max_length_tokens=40_960,
+        rope_theta=1_000_000.0,
+        norm_epsilon=1e-6,
+        qk_norm=True,
+        tied_head=True,
+    ),
+}
+
+
+def from_depth(
+    depth: int, *, vocab_size: int, max_length_tokens: int, head_dim: int = 64
+) -> TransformerConfig:
+    """Return our own model of that many layers: the one dial from which its whole shape follows.
+
+    Width is 64 a layer, so that depth 12 is 768 wide; heads fill the width. Rotary positions,
+    qk-norm, squared ReLU, a free head: nanochat's choices, which train fast at every size.
+    """
+    width = 64 * depth
+    if depth < 1 or width % head_dim:
+        raise ValueError(
+            f"depth={depth} gives width {width}, which heads of {head_dim} do not fill; "
+            f"choose a depth that is a multiple of {max(1, head_dim // 64)}"
+        )
+    return TransformerConfig(
+        vocab_size=vocab_size,
+        width=width,
+        num_layers=depth,
+        num_heads=width // head_dim,
+        num_kv_heads=width // head_dim,
+        head_dim=head_dim,
+        mlp_width=4 * width,
+        max_length_tokens=max_length_tokens,
+        qk_norm=True,
+        activation="relu_squared",
+        initializer="fan_in",
+    )

@@ -1,0 +1,44 @@
+"""The one place for weight products. Models floor: every kernel meets its input here and nowhere else."""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def fan_in(spec: str, shape: tuple[int, ...]) -> int:
+    """Return how many inputs each output of an einsum like "BTD,DNH->BTNH" sums over."""
+    inputs, kernel = spec.split("->")[0].split(",")
+    return math.prod(n for letter, n in zip(kernel, shape, strict=True) if letter in inputs)
+
+
+class Projection(nn.Module):
+    """x times a kernel, as an einsum string that shows both shapes; a bias on the output's letters.
+
+    Master weights are float32 (float64 when computing in it); the product is taken in `dtype`.
+    """
+
+    spec: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    kernel_init: Callable[..., jax.Array]
+    use_bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        kernel = self.param("kernel", init, self.shape, param_dtype)
+        y = jnp.einsum(self.spec, x.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.use_bias:
+            return y
+        letters, output = self.spec.split("->")[0].split(",")[1], self.spec.split("->")[1]
+        kept = [i for i, letter in enumerate(letters) if letter in output]
+        init = nn.with_logical_partitioning(
+            nn.initializers.zeros_init(), tuple(self.axes[i] for i in kept)
+        )
+        bias = self.param("bias", init, tuple(self.shape[i] for i in kept), param_dtype)
+        return y + bias.astype(self.dtype)

@@ -1,0 +1,233 @@
+"""The transformer: embeddings, a scanned stack of layers, a head. Models floor.
+
+Pure functions of (params, inputs): init_params, logical_axes, and Transformer.apply.
+"""
+
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from llm.models.config import ComputeConfig, TransformerConfig
+from llm.models.layers import Hidden, Layer, LayerCache, LayerInputs
+from llm.models.masks import AttentionPattern
+from llm.models.norms import Norm
+from llm.models.positions import alibi_slopes, rotary_angles, sinusoidal_embedding
+from llm.models.projection import Projection
+from llm.parallel.rules import constrain
+
+Tokens = Int[Array, "B T"]
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values seen so far. All sequences share the index at which the next token goes."""
+
+    layers: dict[str, LayerCache]
+    segments: Int[Array, "B S"]  # 0: nothing there, or padding
+    length: Int[Array, ""]
+
+
+class Cycle(nn.Module):
+    """One repetition of the config's cycle of layers: the body of the scan."""
+
+    config: TransformerConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, carry, index, inputs: LayerInputs):
+        x, caches = carry
+        updated = {}
+        for j, kind in enumerate(self.config.cycle_layers):
+            name = f"layer_{j}"
+            cache = None if caches is None else caches[name]
+            x, updated[name] = Layer(self.config, self.compute, kind, name=name)(x, inputs, cache, index)
+        return (x, None if caches is None else caches | updated), None
+
+
+class Transformer(nn.Module):
+    """A functional transformer described by one config; see TransformerConfig for what it can be."""
+
+    config: TransformerConfig
+    compute: ComputeConfig = ComputeConfig()
+
+    def setup(self):
+        c, dtype = self.config, jnp.dtype(self.compute.dtype)
+        std = 0.02 if c.initializer == "gpt2" else 1.0
+        self.embedder = Embedder(c.padded_vocab_size, c.width, ("vocab", "embed"), std)
+        if c.positions == "learned":
+            axes = ("positions", "embed")
+            self.position_embedder = Embedder(c.max_length_tokens, c.width, axes, std)
+        for i, kind in enumerate(c.prefix_layers):
+            layer = _rematerialise(Layer, self.compute, scanned=False)
+            setattr(self, f"prefix_{i}", layer(c, self.compute, kind))
+        unrolled = self.compute.unroll_layers
+        self.cycle = nn.scan(
+            _rematerialise(Cycle, self.compute, scanned=not unrolled),
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=c.num_cycles,
+            unroll=c.num_cycles if unrolled else 1,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.compute)
+        if c.norm_placement == "pre":
+            self.final_norm = Norm(c.norm, c.norm_epsilon, dtype)
+        self.embedding_dropout = nn.Dropout(c.dropout_rate)
+        if not c.tied_head:
+            shape, spec = (c.width, c.padded_vocab_size), "BTD,DV->BTV"
+            init = nn.initializers.normal(0.02 if c.initializer == "gpt2" else c.width**-0.5)
+            self.head = Projection(spec, shape, ("embed", "vocab"), init, dtype=dtype)
+
+    def __call__(self, tokens: Tokens, **kwargs):
+        """Return float32 logits [B T V], or (logits, cache) if a cache is given; see `hidden`."""
+        hidden, cache = self.hidden(tokens, **kwargs)
+        logits = self.unembed(hidden)
+        return logits if cache is None else (logits, cache)
+
+    def hidden(
+        self,
+        tokens: Tokens,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        prefix: Bool[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Hidden, Cache | None]:
+        """Return the last hidden states and the cache with these tokens written to it.
+
+        Segment 0 is padding; tokens attend within their segment only. `positions` default to the
+        index in the row. `prefix` marks keys that prefix attention shows to every query.
+        """
+        c = self.config
+        start = 0 if cache is None else cache.length
+        if positions is None:
+            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+        if cache is not None:
+            segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+            segments = jax.lax.dynamic_update_slice(cache.segments, segment_ids, (0, start))
+        inputs = LayerInputs(
+            patterns={
+                kind: AttentionPattern(
+                    kind=c.attention,
+                    window=c.sliding_window_tokens if kind == "local" else None,
+                    query_start=start,
+                    query_segments=segment_ids,
+                    key_segments=segment_ids if cache is None else segments,
+                    prefix=prefix,
+                    slopes=jnp.asarray(alibi_slopes(c.num_heads)) if c.positions == "alibi" else None,
+                )
+                for kind in sorted(set(c.layer_kinds))
+            },
+            rotary=rotary_angles(positions, c) if c.positions == "rotary" else None,
+            deterministic=deterministic,
+        )
+        x = self._embed(tokens, positions, deterministic)
+        layers = None if cache is None else dict(cache.layers)
+        for i in range(len(c.prefix_layers)):
+            name = f"prefix_{i}"
+            mine = None if layers is None else layers[name]
+            x, mine = getattr(self, name)(x, inputs, mine, jnp.int32(0))
+            if layers is not None:
+                layers[name] = mine
+        (x, layers), _ = self.cycle((x, layers), jnp.arange(c.num_cycles), inputs)
+        if c.norm_placement == "pre":
+            x = self.final_norm(x)
+        if cache is not None:
+            cache = Cache(layers, segments, cache.length + tokens.shape[1])
+        return x, cache
+
+    def unembed(self, hidden: Hidden) -> Float[Array, "B T V"]:
+        """Return float32 logits over the padded vocabulary; the padding's are −inf."""
+        c = self.config
+        logits = self.embedder.attend(hidden) if c.tied_head else self.head(hidden)
+        logits = logits.astype(jnp.promote_types(jnp.float32, logits.dtype))
+        if c.head_softcap is not None:
+            logits = jnp.tanh(logits / c.head_softcap) * c.head_softcap
+        if c.padded_vocab_size != c.vocab_size:
+            logits = jnp.where(jnp.arange(c.padded_vocab_size) < c.vocab_size, logits, -jnp.inf)
+        return constrain(logits, "activation_batch", "activation_length", "activation_vocab")
+
+    def _embed(self, tokens, positions, deterministic):
+        c, dtype = self.config, jnp.dtype(self.compute.dtype)
+        x = self.embedder(tokens).astype(dtype)
+        if c.positions == "learned":
+            x = x + self.position_embedder(positions).astype(dtype)
+        elif c.positions == "sinusoidal":
+            x = x + sinusoidal_embedding(positions, c.width).astype(dtype)
+        x = self.embedding_dropout(x, deterministic=deterministic)
+        return constrain(x, "activation_batch", "activation_length", "activation_embed")
+
+
+class Embedder(nn.Module):
+    """A lookup table, and the tied head that is its transpose."""
+
+    rows: int
+    width: int
+    axes: tuple[str, str]
+    std: float
+
+    def setup(self):
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
+        self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.float32)
+
+    def __call__(self, index: Int[Array, "B T"]) -> Hidden:
+        return jnp.take(self.embedding, index, axis=0)
+
+    def attend(self, hidden: Hidden) -> Float[Array, "B T V"]:
+        return jnp.einsum("BTD,VD->BTV", hidden, self.embedding.astype(hidden.dtype))
+
+
+def init_params(model: Transformer, key: jax.Array) -> dict:
+    """Return freshly initialised parameters as a plain nested dict of float32 arrays."""
+    # unboxed: boxed axis names would be shifted silently by a vmap over seeds
+    return nn.unbox(_init(model, key))
+
+
+def logical_axes(model: Transformer) -> dict:
+    """Return, for each parameter, the tuple of its dimensions' logical names."""
+    boxed = jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(lambda box: box.names, boxed, is_leaf=is_box)
+
+
+def param_shapes(model: Transformer) -> dict:
+    """Return the tree of jax.ShapeDtypeStructs of the model's parameters; allocates nothing."""
+    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+
+
+def init_cache(
+    config: TransformerConfig, batch: int, length_tokens: int, dtype=jnp.float32
+) -> Cache:
+    """Return an empty cache for that many sequences of at most that many tokens."""
+
+    def layer(count):
+        shape = (count, batch, config.num_kv_heads, length_tokens, config.head_dim)
+        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    layers = {f"prefix_{i}": layer(1) for i in range(len(config.prefix_layers))}
+    layers |= {f"layer_{j}": layer(config.num_cycles) for j in range(len(config.cycle_layers))}
+    return Cache(layers, jnp.zeros((batch, length_tokens), jnp.int32), jnp.int32(0))
+
+
+def _init(model: Transformer, key: jax.Array) -> dict:
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def _rematerialise(module, compute: ComputeConfig, *, scanned: bool):
+    """Wrap a module so that its activations are recomputed in the backward pass, by policy name."""
+    policies = jax.checkpoint_policies
+    named = {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_saveable,
+        "dots_with_no_batch": policies.dots_with_no_batch_dims_saveable,
+        "attention": policies.save_only_these_names("attention"),
+    }
+    if compute.remat == "none":
+        return module
+    # inside a rolled loop XLA cannot merge the two computations; elsewhere it must be told not to
+    return nn.remat(module, policy=named[compute.remat], prevent_cse=not scanned)
