@@ -16,7 +16,7 @@ from llm.models.layers import Hidden, Layer, LayerCache, LayerInputs
 from llm.models.masks import AttentionPattern
 from llm.models.norms import Norm
 from llm.models.positions import alibi_slopes, rotary_angles, sinusoidal_embedding
-from llm.models.projection import Projection
+from llm.models.projection import Projection, float32_product
 from llm.parallel.rules import constrain
 
 Tokens = Int[Array, "B T"]
@@ -80,7 +80,9 @@ class Transformer(nn.Module):
         if not c.tied_head:
             shape, spec = (c.width, c.padded_vocab_size), "BTD,DV->BTV"
             init = nn.initializers.normal(0.02 if c.initializer == "gpt2" else c.width**-0.5)
-            self.head = Projection(spec, shape, ("embed", "vocab"), init, dtype=dtype)
+            self.head = Projection(
+                spec, shape, ("embed", "vocab"), init, dtype=dtype, float32_output=True
+            )
 
     def __call__(self, tokens: Tokens, **kwargs):
         """Return float32 logits [B T V], or (logits, cache) if a cache is given; see `hidden`."""
@@ -145,7 +147,6 @@ class Transformer(nn.Module):
         """Return float32 logits over the padded vocabulary; the padding's are −inf."""
         c = self.config
         logits = self.embedder.attend(hidden) if c.tied_head else self.head(hidden)
-        logits = logits.astype(jnp.promote_types(jnp.float32, logits.dtype))
         if c.head_softcap is not None:
             logits = jnp.tanh(logits / c.head_softcap) * c.head_softcap
         if c.padded_vocab_size != c.vocab_size:
@@ -176,16 +177,24 @@ class Embedder(nn.Module):
         self.embedding = self.param("embedding", init, (self.rows, self.width), jnp.float32)
 
     def __call__(self, index: Int[Array, "B T"]) -> Hidden:
-        return jnp.take(self.embedding, index, axis=0)
+        # gathered over fsdp like any parameter at its use; a lookup in rows split by width is slow
+        table = constrain(self.embedding, self.axes[0], "activation_embed")
+        return jnp.take(table, index, axis=0)
 
     def attend(self, hidden: Hidden) -> Float[Array, "B T V"]:
-        return jnp.einsum("BTD,VD->BTV", hidden, self.embedding.astype(hidden.dtype))
+        return float32_product("BTD,VD->BTV", hidden, self.embedding.astype(hidden.dtype))
 
 
 def init_params(model: Transformer, key: jax.Array) -> dict:
     """Return freshly initialised parameters as a plain nested dict of float32 arrays."""
     # unboxed: boxed axis names would be shifted silently by a vmap over seeds
     return nn.unbox(_init(model, key))
+
+
+def head_params(config: TransformerConfig, params: dict) -> dict:
+    """Return the part of the parameters that `Transformer.unembed` reads."""
+    name = "embedder" if config.tied_head else "head"
+    return {name: params[name]}
 
 
 def logical_axes(model: Transformer) -> dict:

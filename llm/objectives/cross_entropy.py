@@ -1,0 +1,116 @@
+"""Cross-entropy that never holds all the logits. First floor: a pure function of its inputs."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Unembed = Callable[[dict, Float[Array, "B T D"]], Float[Array, "B T V"]]
+Sums = dict[str, Float[Array, ""]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def tiled_cross_entropy(
+    unembed: Unembed,
+    tile_tokens: int,
+    z_loss: float,
+    head: dict,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+) -> tuple[Float[Array, ""], Sums]:
+    """Return Σ weights · (−log p(target) + z_loss · log² Z), and the sums it is made of.
+
+    `unembed(head, hidden)` gives float32 logits; they exist for about `tile_tokens` tokens at a time.
+    The gradient is taken in the same pass over the tiles, so that no logits are kept or recomputed.
+    The sums (`loss`, `z_loss`, `correct`, all weighted, in nats or tokens) and the weights carry no
+    gradient.
+
+    Source: z-loss is Chowdhery et al. 2022, arXiv:2204.02311, section 5.
+    """
+    sums, _ = _over_tiles(
+        lambda h, t, w: (_tile_sums(unembed(head, h), t, w, z_loss)[0], None),
+        tile_tokens,
+        (hidden, targets, weights),
+    )
+    return sums["loss"] + z_loss * sums["z_loss"], sums
+
+
+def _tile_sums(logits, targets, weights, z_loss: float) -> tuple[Sums, Array]:
+    """Return a tile's sums and the gradient of its part of the objective towards its logits."""
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - largest)
+    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+    log_z = (jnp.log(total) + largest)[..., 0]
+    # compared rather than gathered: a vocabulary split over devices stays where it is
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    chosen = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    sums = {
+        "loss": jnp.sum(weights * (log_z - chosen)),
+        "z_loss": jnp.sum(weights * log_z**2),
+        "correct": jnp.sum(weights * (chosen >= largest[..., 0])),
+    }
+    scale = weights * (1.0 + 2.0 * z_loss * log_z)
+    gradient = exponentials * (scale[..., None] / total)
+    return sums, gradient - jnp.where(is_target, weights[..., None], 0.0)
+
+
+def _over_tiles(fn, tile_tokens: int, arrays):
+    """Map fn(*tile) → (summed, stacked) over tiles of arrays [B T ...]; sum the one, join the other."""
+    tiles = _num_tiles(*arrays[0].shape[:2], tile_tokens)
+    cut = tuple(_cut(x, tiles) for x in arrays)
+
+    def body(total, tile):
+        summed, stacked = fn(*tile)
+        return jax.tree.map(jnp.add, total, summed), stacked
+
+    shapes, _ = jax.eval_shape(fn, *(x[0] for x in cut))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    summed, stacked = jax.lax.scan(body, zero, cut)
+    return summed, jax.tree.map(_join, stacked)
+
+
+def _num_tiles(batch: int, length: int, tile_tokens: int) -> int:
+    """Return the smallest divisor of the length that makes tiles of at most tile_tokens."""
+    wanted = max(1, -(-batch * length // max(1, tile_tokens)))
+    return next(n for n in range(min(wanted, length), length + 1) if length % n == 0)
+
+
+def _cut(x: Array, tiles: int) -> Array:
+    """[B T ...] → [tiles B T/tiles ...]; each tile takes every tiles-th position.
+
+    Strided, so that a length that is split over devices stays split in every tile.
+    """
+    x = x.reshape(x.shape[0], x.shape[1] // tiles, tiles, *x.shape[2:])
+    return jnp.moveaxis(x, 2, 0)
+
+
+def _join(x: Array) -> Array:
+    """The inverse of _cut."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _forward(unembed, tile_tokens, z_loss, head, hidden, targets, weights):
+    def one(h, t, w):
+        logits, pullback = jax.vjp(unembed, head, h)
+        sums, gradient = _tile_sums(logits, t, w, z_loss)
+        head_gradient, hidden_gradient = pullback(gradient)
+        return (sums, head_gradient), hidden_gradient
+
+    (sums, head_gradient), hidden_gradient = _over_tiles(
+        one, tile_tokens, (hidden, targets, weights)
+    )
+    return (sums["loss"] + z_loss * sums["z_loss"], sums), (head_gradient, hidden_gradient)
+
+
+def _backward(unembed, tile_tokens, z_loss, gradients, cotangents):
+    head_gradient, hidden_gradient = jax.tree.map(
+        lambda x: (x * cotangents[0]).astype(x.dtype), gradients
+    )
+    return head_gradient, hidden_gradient, None, None
+
+
+tiled_cross_entropy.defvjp(_forward, _backward)

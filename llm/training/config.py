@@ -1,0 +1,58 @@
+"""Optimizer and schedule as typed configs. Second floor, without JAX."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer. `learning_rate` is the peak that the schedule scales."""
+
+    name: Literal["adamw", "muon", "lion", "adafactor"] = "adamw"
+    learning_rate: float = 3e-4
+    beta1: float = 0.9  # also Muon's momentum
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1  # decoupled; multiplied by the learning rate
+    decay_embeddings: bool = True
+    clip_norm: float | None = 1.0
+    # Muon leaves embeddings, head, norms and biases to AdamW, at this peak.
+    adam_learning_rate: float = 3e-3
+    adam_beta1: float = 0.9
+    ema_decay: float | None = None
+
+    def __post_init__(self):
+        for name in ("learning_rate", "adam_learning_rate", "epsilon"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)}: must be positive")
+        for name in ("beta1", "beta2", "adam_beta1", "ema_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"optimizer.{name}={value}: must be in [0, 1)")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay={self.weight_decay}: must not be negative")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"optimizer.clip_norm={self.clip_norm}: must be positive, or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """How the learning rate moves: a linear warm-up, then a shape. Lengths in steps or in tokens."""
+
+    name: Literal["constant", "cosine", "linear", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
+    warmup_steps: int | None = None
+    warmup_tokens: int | None = None
+    # Of warmup_stable_decay's last, linear stretch.
+    decay_steps: int | None = None
+    decay_tokens: int | None = None
+    final_fraction: float = 0.1  # of the peak, at the end
+
+    def __post_init__(self):
+        for name in ("warmup", "decay"):
+            steps, tokens = getattr(self, f"{name}_steps"), getattr(self, f"{name}_tokens")
+            if steps is not None and tokens is not None:
+                raise ValueError(f"schedule: give {name}_steps or {name}_tokens, not both")
+            if (steps or 0) < 0 or (tokens or 0) < 0:
+                raise ValueError(f"schedule.{name}_steps or _tokens must not be negative")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"schedule.final_fraction={self.final_fraction}: must be in [0, 1]")

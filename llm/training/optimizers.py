@@ -1,0 +1,103 @@
+"""Optimizers from optax, told by the logical axes which parameter is what. Second floor."""
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from llm.training.config import OptimizerConfig
+
+_STACKED = "cycle"  # the subtree whose arrays carry the layers on axis 0
+
+
+def make_optimizer(config: OptimizerConfig, axes: dict) -> optax.GradientTransformation:
+    """Return the optimizer at learning rate 1; the train step scales its updates by the schedule.
+
+    `axes` are the model's logical axes: they, not an array's rank, say what is a matrix, since
+    layers are stacked. Clipping is the train step's.
+    """
+    decay = jax.tree_util.tree_map_with_path(
+        lambda path, _: _decays(path, config.decay_embeddings), axes, is_leaf=_is_axes
+    )
+    match config.name:
+        case "adamw":
+            return optax.adamw(
+                1.0, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=decay
+            )
+        case "lion":
+            return optax.lion(
+                1.0, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decay
+            )
+        case "adafactor":
+            return _each_layer_apart(
+                optax.adafactor(
+                    1.0,
+                    multiply_by_parameter_scale=False,
+                    decay_rate=0.8,
+                    weight_decay_rate=config.weight_decay or None,
+                    weight_decay_mask=lambda tree: jax.tree_util.tree_map_with_path(
+                        lambda path, _: _decays(path, config.decay_embeddings), tree
+                    ),
+                )
+            )
+        case "muon":
+            return muon(
+                1.0,
+                beta=config.beta1,
+                eps=config.epsilon,
+                weight_decay=config.weight_decay,
+                weight_decay_mask=decay,
+                adam_b1=config.adam_beta1,
+                adam_b2=config.beta2,
+                adam_weight_decay=config.weight_decay,
+                adam_learning_rate=config.adam_learning_rate / config.learning_rate,
+                muon_weight_dimension_numbers=muon_dimensions(axes),
+            )
+
+
+def muon_dimensions(axes: dict) -> dict:
+    """Return, for each parameter, the dimensions that Muon multiplies out; None: left to AdamW.
+
+    Matrices inside layers are Muon's: each has the residual width ("embed") on one side and its
+    heads or features on the other; the layer axis is neither, so every layer is its own matrix.
+    """
+
+    def one(path, names):
+        inside = {n for n in names if n != "layers"}
+        if path[-1].key != "kernel" or "vocab" in inside or "embed" not in inside:
+            return None
+        width = tuple(i for i, n in enumerate(names) if n == "embed")
+        other = tuple(i for i, n in enumerate(names) if n not in ("embed", "layers"))
+        first = min(width) < min(other)
+        return MuonDimensionNumbers(*((width, other) if first else (other, width)))
+
+    return jax.tree_util.tree_map_with_path(one, axes, is_leaf=_is_axes)
+
+
+def _decays(path, embeddings: bool) -> bool:
+    """Kernels decay; scales and biases do not; embeddings as asked."""
+    name = path[-1].key
+    return name == "kernel" or (name == "embedding" and embeddings)
+
+
+def _is_axes(x) -> bool:
+    return isinstance(x, tuple)
+
+
+def _each_layer_apart(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Run an optimizer whose statistics are taken over a whole array on each stacked layer by itself."""
+
+    def split(tree):
+        return {k: v for k, v in tree.items() if k != _STACKED}, tree[_STACKED]
+
+    def init(params):
+        rest, stacked = split(params)
+        return tx.init(rest), jax.vmap(tx.init)(stacked)
+
+    def update(updates, state, params):
+        rest, stacked = split(updates)
+        rest_params, stacked_params = split(params)
+        rest, rest_state = tx.update(rest, state[0], rest_params)
+        stacked, stacked_state = jax.vmap(tx.update)(stacked, state[1], stacked_params)
+        return rest | {_STACKED: stacked}, (rest_state, stacked_state)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,107 @@
+"""The jitted training step, one for every stage: (state, batch) → (state, metrics). Second floor."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from llm.parallel.rules import batch_sharding
+from llm.training.config import OptimizerConfig
+from llm.training.schedules import Schedule
+from llm.training.state import TrainState
+
+Batch = dict[str, Array]
+Sums = dict[str, Float[Array, ""]]
+# (params, batch, key) → the objective summed over the batch, and sums to report, "tokens" among them
+LossFn = Callable[[dict, Batch, Array], tuple[Float[Array, ""], Sums]]
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    config: OptimizerConfig,
+    schedule: Schedule,
+    shardings: TrainState,
+    mesh: Mesh,
+    *,
+    accumulate_steps: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """Return the jitted step. It donates the state, and takes this host's slice of the batch.
+
+    A step whose loss or gradient is not finite leaves parameters, optimizer and EMA untouched and
+    counts itself in `skipped_in_a_row`; the step number and the data cursor move on.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        cursor = batch["cursor"]
+        arrays = {name: x for name, x in batch.items() if name != "cursor"}
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        grads, objective, sums = _accumulate(loss_fn, state.params, arrays, key, accumulate_steps)
+        tokens = jnp.maximum(sums["tokens"], 1.0)  # a batch of padding must not divide by zero
+        norm = optax.global_norm(grads) / tokens
+        scale = 1.0 if config.clip_norm is None else jnp.minimum(1.0, config.clip_norm / (norm + 1e-6))
+        grads = jax.tree.map(lambda g: g * (scale / tokens), grads)
+        learning_rate = config.learning_rate * schedule(state.step)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
+        ema = _moving_average(state.ema_params, params, config.ema_decay)
+        finite = jnp.isfinite(objective) & jnp.isfinite(norm)
+        params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state, ema),
+            (state.params, state.opt_state, state.ema_params),
+        )
+        skipped = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        state = TrainState(state.step + 1, params, opt_state, ema, state.rng, cursor, skipped)
+        metrics = {f"train/{k}": v / tokens for k, v in sums.items() if k != "tokens"}
+        metrics |= {
+            "train/tokens": sums["tokens"],
+            "train/grad_norm": norm,
+            "train/learning_rate": learning_rate,
+            "train/skipped_in_a_row": skipped,
+        }
+        return state, metrics
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+    return lambda state, batch: jitted(state, place_batch(batch, mesh))
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+    """Return the global batch of which each host gives its slice of sequences."""
+    return {
+        name: jax.make_array_from_process_local_data(batch_sharding(mesh, np.ndim(x)), np.asarray(x))
+        for name, x in batch.items()
+    }
+
+
+def _accumulate(loss_fn, params, batch: Batch, key, accumulate_steps: int):
+    """Return gradients, objective and sums over microbatches, summed and not yet divided."""
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if accumulate_steps == 1:
+        (objective, sums), grads = grad_fn(params, batch, key)
+        return grads, objective, sums
+
+    def cut(x):  # strided, so that each device keeps the sequences that it holds
+        return jnp.moveaxis(x.reshape(-1, accumulate_steps, *x.shape[1:]), 1, 0)
+
+    def body(total, microbatch):
+        index, arrays = microbatch
+        (objective, sums), grads = grad_fn(params, arrays, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, (grads, objective, sums)), None
+
+    micro = (jnp.arange(accumulate_steps), jax.tree.map(cut, batch))
+    first = jax.tree.map(lambda x: x[0], micro)[1]
+    (objective, sums), grads = jax.eval_shape(grad_fn, params, first, key)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, objective, sums))
+    return jax.lax.scan(body, zero, micro)[0]
+
+
+def _moving_average(ema, params, decay: float | None):
+    if ema is None:
+        return None
+    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
