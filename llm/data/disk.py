@@ -1,0 +1,40 @@
+"""Files that are whole or absent, and what identifies their content.
+Every file the data package leaves on disk is written through here."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a path to write to; on leaving without an error it becomes `path`, in one step.
+
+    So a killed process leaves no half file under the name, and of two processes that write the
+    same file each finds a whole one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, value: object) -> None:
+    """Write a value as indented JSON, whole or not at all."""
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def file_facts(path: pathlib.Path) -> dict[str, object]:
+    """Return size and SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return {
+            "size": os.fstat(file.fileno()).st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }

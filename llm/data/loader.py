@@ -1,0 +1,288 @@
+"""Batches of packed rows: from prepared splits to the arrays that the train step takes.
+Row n of a run is a pure function of (splits, weights, row length, seed, n); hosts slice batches."""
+
+import functools
+from collections.abc import Iterator, Mapping
+
+import grain
+import numpy as np
+
+from llm.data.mixture import make_mixture
+from llm.data.packing import PackPlan, concatenated_ranges, load_pack_plan, permutation
+from llm.data.prepared import PreparedSplit, loss_mask, token_ids
+
+# B sequences of this host, T pairs each: tokens, targets, segment_ids (1, 2, … a piece, 0 padding)
+# and positions (from 0 in each piece), int32 [B, T]; loss_weights, float32 [B, T], 0 on padding;
+# cursor, uint32: rows consumed by all hosts once this batch is, what `seek` takes.
+Batch = dict[str, np.ndarray]
+
+# The cursor is a uint32 in the checkpoint.
+MAX_CURSOR = 2**32 - 1
+
+
+class PackedRows:
+    """Random access to the endless sequence of packed rows of a mixture.
+
+    With weights, source s gives its share of the rows and starts a new epoch of its own whenever
+    it is used up. Without, one epoch is every row of every source once, in one common order.
+    """
+
+    def __init__(
+        self,
+        splits: Mapping[str, PreparedSplit],
+        weights: Mapping[str, float] | None,
+        row_length: int,
+        seed: int,
+    ):
+        self._mixture = None
+        if weights is None:
+            names = tuple(sorted(splits))
+        else:
+            _check_names(splits, weights)
+            # Sorted: the order of a dict on the command line must not change the run.
+            self._mixture = make_mixture({name: weights[name] for name in sorted(weights)})
+            names = self._mixture.names
+        self.row_length = row_length
+        self._seed = seed
+        self._splits = [splits[name] for name in names]
+        self.plans: dict[str, PackPlan] = {
+            name: load_pack_plan(split.num_pairs, row_length, seed, split.path / "plans")
+            for name, split in zip(names, self._splits, strict=True)
+        }
+        self._plans = list(self.plans.values())
+        for name, plan in self.plans.items():
+            if plan.num_rows == 0:
+                raise ValueError(
+                    f"source {name!r} has no text to train on ({splits[name].path}); "
+                    "set its weight to 0 or give it documents"
+                )
+        self._num_rows = np.array([plan.num_rows for plan in self._plans])
+        self._order = functools.lru_cache(2 * len(names))(self._row_order)
+
+    def num_rows(self, num_epochs: int) -> int:
+        """Return how many rows can be read before one is read for the num_epochs + 1st time."""
+        if self._mixture is None:
+            return int(self._num_rows.sum()) * num_epochs
+        return self._mixture.first_row_beyond(self._num_rows * num_epochs)
+
+    def read(self, rows: np.ndarray, num_sequences: int) -> Batch:
+        """Return the given global rows as arrays [num_sequences, row_length], the rest padding."""
+        shape = (num_sequences, self.row_length)
+        batch = {
+            "tokens": np.zeros(shape, np.int32),
+            "targets": np.zeros(shape, np.int32),
+            "loss_weights": np.zeros(shape, np.float32),
+            "segment_ids": np.zeros(shape, np.int32),
+            "positions": np.zeros(shape, np.int32),
+        }
+        source, plan_row = self._locate(np.asarray(rows, np.int64))
+        for index, (split, plan) in enumerate(zip(self._splits, self._plans, strict=True)):
+            places = np.flatnonzero(source == index)
+            if len(places):
+                _fill_rows(batch, places, split, plan, plan_row[places])
+        return batch
+
+    def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the source of each global row and the row of that source's pack plan."""
+        if self._mixture is None:
+            epoch, place = np.divmod(rows, self._num_rows.sum())
+            union_row = self._ordered(-1, epoch, place)
+            ends = np.cumsum(self._num_rows)
+            source = np.searchsorted(ends, union_row, side="right")
+            return source, union_row - (ends - self._num_rows)[source]
+        source, earlier = self._mixture.locate(rows)
+        epoch, place = np.divmod(earlier, self._num_rows[source])
+        plan_row = np.empty_like(rows)
+        for index in np.unique(source).tolist():
+            of_source = source == index
+            plan_row[of_source] = self._ordered(index, epoch[of_source], place[of_source])
+        return source, plan_row
+
+    def _ordered(self, source: int, epochs: np.ndarray, places: np.ndarray) -> np.ndarray:
+        found = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            found[epochs == epoch] = self._order(source, epoch)[places[epochs == epoch]]
+        return found
+
+    def _row_order(self, source: int, epoch: int) -> np.ndarray:
+        if source >= 0:
+            return self._plans[source].row_order(epoch)
+        return permutation(int(self._num_rows.sum()), "rows", self._seed, epoch)
+
+
+def _fill_rows(
+    batch: Batch, places: np.ndarray, split: PreparedSplit, plan: PackPlan, plan_rows: np.ndarray
+) -> None:
+    """Write rows `plan_rows` of the plan into rows `places` of the batch, all at once."""
+    first = plan.row_offsets[plan_rows]
+    pieces_in_row = plan.row_offsets[plan_rows + 1] - first
+    piece = concatenated_ranges(first, pieces_in_row)
+    length = plan.length[piece]
+    segment = concatenated_ranges(np.ones_like(pieces_in_row), pieces_in_row)
+    # Where each piece begins in the flat batch: its row, after the row's earlier pieces.
+    ends = np.cumsum(length)
+    first_piece = np.cumsum(pieces_in_row) - pieces_in_row
+    before_row = (ends - length)[first_piece]
+    row_start = np.repeat(places * plan.row_length - before_row, pieces_in_row)
+    target_of = concatenated_ranges(row_start + ends - length, length)
+
+    # One word more than the piece is long: the last input's target.
+    words, offsets = split.read(plan.doc[piece], plan.start[piece], length + 1)
+    source_of = concatenated_ranges(offsets, length)
+    values = {
+        "tokens": token_ids(words)[source_of],
+        "targets": token_ids(words)[source_of + 1],
+        "loss_weights": loss_mask(words)[source_of + 1],
+        "segment_ids": np.repeat(segment, length),
+        "positions": concatenated_ranges(np.zeros_like(length), length),
+    }
+    for name, value in values.items():
+        batch[name].reshape(-1)[target_of] = value
+
+
+class _HostBatches:
+    """Random access to this host's slices of the global batches from one row on, for Grain."""
+
+    def __init__(
+        self,
+        rows: PackedRows,
+        first_row: int,
+        end_row: int,
+        batch_sequences: int,
+        host_index: int,
+        host_count: int,
+    ):
+        self._rows, self._first_row, self._end_row = rows, first_row, end_row
+        self._batch_sequences = batch_sequences
+        self._host_index, self._host_count = host_index, host_count
+
+    def __len__(self) -> int:
+        return max(0, -(-(self._end_row - self._first_row) // self._batch_sequences))
+
+    def __getitem__(self, index: int) -> Batch:
+        begin = self._first_row + index * self._batch_sequences
+        local = self._batch_sequences // self._host_count
+        mine = begin + self._host_index * local + np.arange(local)
+        batch = self._rows.read(mine[mine < self._end_row], local)
+        batch["cursor"] = np.uint32(min(begin + self._batch_sequences, self._end_row))
+        return batch
+
+
+class Batches(Iterator[Batch]):
+    """An iterator over batches whose whole state is one integer, the cursor in each batch."""
+
+    def __init__(
+        self,
+        rows: PackedRows,
+        end_row: int,
+        batch_sequences: int,
+        host_index: int,
+        host_count: int,
+        num_workers: int,
+        prefetch: int,
+    ):
+        self.rows = rows
+        self._end_row = end_row
+        self._slice = (batch_sequences, host_index, host_count)
+        self._num_workers, self._prefetch = num_workers, prefetch
+        self._first_row = 0
+        self._iterator: grain.DatasetIterator | None = None
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = iter(self._make_dataset())
+        return next(self._iterator)
+
+    def seek(self, cursor: int) -> None:
+        """Go on as if exactly `cursor` rows of the global sequence had been consumed."""
+        if not 0 <= int(cursor) <= self._end_row:
+            raise ValueError(f"cursor {cursor} lies outside the data, 0 to {self._end_row} rows")
+        self.close()
+        self._first_row = int(cursor)
+
+    def close(self) -> None:
+        """Stop prefetching. `next` would start again at the last `seek`."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _make_dataset(self) -> grain.IterDataset:
+        source = _HostBatches(self.rows, self._first_row, self._end_row, *self._slice)
+        # One element is one batch: rows are assembled a batch at a time, in a few array operations.
+        options = grain.ReadOptions(
+            num_threads=min(self._num_workers, self._prefetch), prefetch_buffer_size=self._prefetch
+        )
+        return grain.MapDataset.source(source).to_iter_dataset(options)
+
+
+def make_batches(
+    splits: Mapping[str, PreparedSplit],
+    weights: Mapping[str, float] | None,
+    row_length: int,
+    global_batch_sequences: int,
+    seed: int,
+    *,
+    host_index: int = 0,
+    host_count: int = 1,
+    num_workers: int = 2,
+    prefetch: int = 4,
+    cursor: int = 0,
+    num_epochs: int | None = None,
+) -> Batches:
+    """Return the batches of a mixture, endless unless `num_epochs` is given.
+
+    The global batches depend on splits, weights, row_length, seed and cursor alone; a host gets
+    its consecutive slice of each, whatever the number of hosts or workers.
+
+    Args:
+      splits: prepared documents by source.
+      weights: share of the rows each source gets; None: every document once an epoch.
+      num_workers: threads that assemble batches (array operations, which run beside Python);
+        0: `next` does.
+      prefetch: batches made ahead.
+      cursor: rows consumed before, by a run that goes on.
+      num_epochs: stop before any row would be read more often; the last batch is padded with
+        rows of zero loss weight.
+
+    Raises:
+      ValueError: the batch does not divide by the hosts, or a name, weight or cursor is wrong.
+    """
+    if global_batch_sequences < 1 or global_batch_sequences % host_count:
+        near = max(1, round(global_batch_sequences / host_count)) * host_count
+        raise ValueError(
+            f"batch_sequences {global_batch_sequences} is not divisible by {host_count} hosts; "
+            f"try {near}"
+        )
+    if not 0 <= host_index < host_count:
+        raise ValueError(f"host_index {host_index} is not one of {host_count} hosts")
+    rows = PackedRows(splits, weights, row_length, seed)
+    end_row = MAX_CURSOR if num_epochs is None else min(MAX_CURSOR, rows.num_rows(num_epochs))
+    batches = Batches(
+        rows, end_row, global_batch_sequences, host_index, host_count, num_workers, prefetch
+    )
+    batches.seek(cursor)
+    return batches
+
+
+def make_evaluation_batches(
+    split: PreparedSplit,
+    row_length: int,
+    global_batch_sequences: int,
+    *,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> Batches:
+    """Return one pass over a held-out split: every pair once, the same batches every time."""
+    return make_batches(
+        {"": split}, None, row_length, global_batch_sequences, seed=0,
+        host_index=host_index, host_count=host_count, num_epochs=1,
+    )  # fmt: skip
+
+
+def _check_names(splits: Mapping[str, PreparedSplit], weights: Mapping[str, float]) -> None:
+    for name, weight in weights.items():
+        if weight > 0 and name not in splits:
+            raise ValueError(
+                f"weight given for source {name!r}, which is not prepared; "
+                f"prepared are {', '.join(sorted(splits))}"
+            )

@@ -1,0 +1,273 @@
+"""Tokenised documents on disk: ArrayRecord shards, an index, a manifest; random access to tokens.
+`prepare` writes such a split; the loader and evaluation read it through `PreparedSplit`."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from array_record.python import array_record_module
+
+from llm.data.disk import file_facts, write_json, written_aside
+from llm.data.packing import concatenated_ranges
+
+# A document is stored in records of this many tokens, so that a piece of a long one is read
+# without the rest: a play of 40,000 tokens is cut into 40 rows of 1,024, each read apart.
+RECORD_TOKENS = 4096
+# Group size 1: each record is found, checked (Riegeli hashes every chunk) and read by itself.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+_READER_OPTIONS = "readahead_buffer_size:0"
+# Set in a stored word whose token carries no loss (masked splits only, always uint32).
+_NO_LOSS_BIT = 1 << 31
+
+FORMAT_VERSION = 1
+
+
+class PreparedDataError(ValueError):
+    """Prepared data on disk is missing, damaged, or of another kind than asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredDocument:
+    """One document as it is stored: tokens with BOS and EOS, and the size of its text."""
+
+    tokens: Sequence[int] | np.ndarray
+    num_bytes: int  # UTF-8 bytes of the text
+    # Per token: may it be a target? None in pretraining, where all are.
+    loss_mask: Sequence[bool] | np.ndarray | None = None
+
+
+def storage_dtype(vocab_size: int, masked: bool) -> str:
+    """Return the little-endian type that tokens are stored in."""
+    return "<u4" if masked or vocab_size > 2**16 else "<u2"
+
+
+def write_shard(
+    directory: pathlib.Path, shard: int, documents: Iterable[StoredDocument], dtype: str
+) -> dict[str, np.ndarray]:
+    """Write one shard file, whole or not at all, and return the columns of its index.
+
+    The bytes depend on the documents alone, so several processes may write the same shard.
+    """
+    num_tokens, num_bytes = [], []
+    with written_aside(shard_path(directory, shard)) as aside:
+        writer = array_record_module.ArrayRecordWriter(str(aside), _WRITER_OPTIONS)
+        for document in documents:
+            words = _stored_words(document, dtype)
+            for begin in range(0, len(words), RECORD_TOKENS):
+                writer.write(words[begin : begin + RECORD_TOKENS].tobytes())
+            num_tokens.append(len(words))
+            num_bytes.append(document.num_bytes)
+        writer.close()
+    tokens = np.array(num_tokens, np.int64)
+    records = -(-tokens // RECORD_TOKENS)
+    return {
+        "shard": np.full(len(tokens), shard, np.int32),
+        "record": np.cumsum(records) - records,
+        "num_tokens": tokens,
+        "num_bytes": np.array(num_bytes, np.int64),
+    }
+
+
+def _stored_words(document: StoredDocument, dtype: str) -> np.ndarray:
+    tokens = np.asarray(document.tokens)
+    limit = _NO_LOSS_BIT if dtype == "<u4" else 2**16
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < limit:
+        raise ValueError(
+            f"token {tokens.max()} (least {tokens.min()}) does not fit {dtype}; "
+            "is vocab_size that of the tokenizer?"
+        )
+    words = tokens.astype(dtype)
+    if document.loss_mask is not None:
+        if dtype != "<u4":
+            raise ValueError(f"a loss mask needs 32-bit storage, here it is {dtype}; set masked")
+        words |= np.where(document.loss_mask, 0, _NO_LOSS_BIT).astype(dtype)
+    return words
+
+
+def shard_path(directory: pathlib.Path, shard: int) -> pathlib.Path:
+    return directory / f"shard-{shard:05d}.array_record"
+
+
+def finish_split(
+    directory: pathlib.Path,
+    columns: Mapping[str, np.ndarray],
+    shards: Sequence[Mapping[str, object]],
+    dtype: str,
+    details: Mapping[str, object],
+) -> None:
+    """Write index.npz and then manifest.json, which marks the split as complete.
+
+    Args:
+      columns: of all kept documents in order, as `write_shard` returns them.
+      shards: size and digest of each shard file, as `file_facts` returns them.
+      details: what else the manifest tells: source, tokenizer, bad rows, duplicates.
+    """
+    index = directory / "index.npz"
+    with written_aside(index) as aside, open(aside, "wb") as file:
+        np.savez(file, **columns)
+    facts = {
+        "format": FORMAT_VERSION,
+        "dtype": dtype,
+        "documents": len(columns["num_tokens"]),
+        "tokens": int(columns["num_tokens"].sum()),
+        "bytes": int(columns["num_bytes"].sum()),
+        "index": file_facts(index),
+        "shards": list(shards),
+    }
+    write_json(directory / "manifest.json", {**facts, **details})
+
+
+def write_split(
+    directory: str | os.PathLike,
+    documents: Iterable[StoredDocument],
+    vocab_size: int,
+    *,
+    masked: bool = False,
+) -> "PreparedSplit":
+    """Write a split of one shard from documents that are tokenised already, and open it.
+
+    With `masked`, documents may bring a `loss_mask`; tokens then take 32 bits each.
+    """
+    path, dtype = pathlib.Path(directory), storage_dtype(vocab_size, masked)
+    columns = write_shard(path, 0, documents, dtype)
+    finish_split(path, columns, [file_facts(shard_path(path, 0))], dtype, {})
+    return PreparedSplit(path)
+
+
+class PreparedSplit:
+    """A split on disk, read at random; only its index is held in memory. Threads may share it."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        self.manifest = _load_manifest(self.path)
+        _check_file(self.path / "index.npz", self.manifest["index"], hashed=True)
+        with np.load(self.path / "index.npz", allow_pickle=False) as index:
+            self._shard, self._record = index["shard"], index["record"]
+            self.num_tokens: np.ndarray = index["num_tokens"]
+            self.num_bytes: np.ndarray = index["num_bytes"]
+        self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
+        # Prefetch threads share the readers, and not every ArrayRecord release lets them.
+        self._lock = threading.Lock()
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.num_tokens)
+
+    @property
+    def num_pairs(self) -> np.ndarray:
+        """(input, target) pairs of each document, the lengths that packing works with."""
+        return np.maximum(self.num_tokens - 1, 0)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 over the digests of all files: what the tokens and their order are."""
+        parts = [self.manifest["index"]["sha256"], self.manifest["dtype"]]
+        parts += [shard["sha256"] for shard in self.manifest["shards"]]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def tokens(self, document: int) -> np.ndarray:
+        """Return all stored tokens of one document, BOS and EOS included, as int32."""
+        count = self.num_tokens[document : document + 1]
+        words, _ = self.read(np.array([document]), np.zeros(1, np.int64), count)
+        return token_ids(words)
+
+    def read(
+        self, doc: np.ndarray, start: np.ndarray, count: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Read many stretches at once: count[i] stored words of document doc[i] from start[i] on.
+
+        Returns:
+          words: one array that holds every stretch; `token_ids` and `loss_mask` decode it.
+          offsets: where in `words` each stretch begins.
+        """
+        first = start // RECORD_TOKENS
+        num_records = (start + count - 1) // RECORD_TOKENS - first + 1
+        place = concatenated_ranges(first, num_records)  # of a record within its document
+        doc_of = np.repeat(doc, num_records)
+        size = np.minimum(RECORD_TOKENS, self.num_tokens[doc_of] - place * RECORD_TOKENS)
+        blobs = self._read_records(self._shard[doc_of], self._record[doc_of] + place)
+        words = np.frombuffer(b"".join(blobs), self.manifest["dtype"])
+        if len(words) != size.sum():
+            raise PreparedDataError(
+                f"{self.path} holds {len(words)} tokens where its index says {size.sum()}; "
+                "delete the directory and prepare it again"
+            )
+        before = np.cumsum(size) - size
+        first_record = np.cumsum(num_records) - num_records
+        return words, before[first_record] + start % RECORD_TOKENS
+
+    def _read_records(self, shards: np.ndarray, records: np.ndarray) -> list[bytes]:
+        blobs: list[bytes] = [b""] * len(shards)
+        for shard in np.unique(shards).tolist():
+            wanted = np.flatnonzero(shards == shard)
+            try:
+                with self._lock:
+                    found = self._reader(shard).read(records[wanted].tolist())
+            except RuntimeError as error:  # Riegeli: a hash that does not match
+                raise PreparedDataError(
+                    f"{shard_path(self.path, shard)} is damaged ({error}); "
+                    "delete its directory and prepare it again"
+                ) from error
+            for index, blob in zip(wanted.tolist(), found, strict=True):
+                blobs[index] = blob
+        return blobs
+
+    def _reader(self, shard: int) -> array_record_module.ArrayRecordReader:
+        if shard not in self._readers:
+            path = shard_path(self.path, shard)
+            _check_file(path, self.manifest["shards"][shard], hashed=False)
+            self._readers[shard] = array_record_module.ArrayRecordReader(
+                str(path), options=_READER_OPTIONS, file_reader_buffer_size=32768
+            )
+        return self._readers[shard]
+
+
+def token_ids(words: np.ndarray) -> np.ndarray:
+    """Return the tokens in stored words, int32."""
+    if words.dtype.itemsize == 2:
+        return words.astype(np.int32)
+    return (words & np.uint32(_NO_LOSS_BIT - 1)).astype(np.int32)
+
+
+def loss_mask(words: np.ndarray) -> np.ndarray:
+    """Return float32 1 where the stored token may be a target, 0 where it may not."""
+    if words.dtype.itemsize == 2:
+        return np.ones(len(words), np.float32)
+    return (words < _NO_LOSS_BIT).astype(np.float32)
+
+
+def _load_manifest(path: pathlib.Path) -> dict:
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+    except FileNotFoundError:
+        raise PreparedDataError(
+            f"{path} holds no prepared split (no manifest.json); run experiments.prepare_data"
+        ) from None
+    except ValueError as error:
+        raise PreparedDataError(
+            f"{path}/manifest.json is damaged ({error}); delete {path}"
+        ) from None
+    if manifest["format"] != FORMAT_VERSION:
+        raise PreparedDataError(
+            f"{path} has format {manifest['format']}, this code reads {FORMAT_VERSION}; "
+            "delete it and prepare it again"
+        )
+    return manifest
+
+
+def _check_file(path: pathlib.Path, facts: Mapping[str, object], *, hashed: bool) -> None:
+    if not path.exists():
+        raise PreparedDataError(f"{path} is missing; delete its directory and prepare it again")
+    found = file_facts(path) if hashed else {"size": path.stat().st_size}
+    for name, value in found.items():
+        if value != facts[name]:
+            raise PreparedDataError(
+                f"{path} is damaged: {name} is {value}, its manifest says {facts[name]}; "
+                "delete its directory and prepare it again"
+            )
