@@ -141,7 +141,8 @@ def _line_to_blame(error: Exception, file: Path) -> int | None:
 def _one_line(error: Exception) -> str:
     """Return an error's text; ml_collections' own, which prints the whole config, made short."""
     text = str(error.args[0]) if error.args else str(error)
-    text = text.replace("\\'", "'").strip("'\"")
+    if isinstance(error, KeyError | AttributeError):
+        text = text.replace("\\'", "'").strip("'\"")  # these quote their argument
     missing = re.search(r'Key "?\'?(\w+)"? does not exist', text) or re.match(r"'?(\w+)'?\b", text)
     near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
     if near:

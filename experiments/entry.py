@@ -68,7 +68,7 @@ def run(
     except Exception as error:
         if not _is_users_mistake(error) or logging.get_verbosity() >= logging.DEBUG:
             raise
-        _exit(f"error: {error}", USER_ERROR)
+        _exit(f"error: {_message(error)}", USER_ERROR)
 
 
 def define_json() -> flags.FlagHolder:
@@ -184,6 +184,12 @@ def _raised_by_the_house(trace: TracebackType | None) -> bool:
 
 def _is_house(module: str) -> bool:
     return module.split(".")[0] in ("llm", "configs", "experiments", "__main__")
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"  # without Python's "[Errno 2]"
+    return str(error)
 
 
 def _exit(message: str, code: int) -> None:
