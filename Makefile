@@ -1,0 +1,53 @@
+# Everything runs in .venv, which these targets make: nothing but Python >= 3.11 and make is needed.
+#   make speedrun   corpus, tokenizer, pretraining, evaluation and a report, in minutes on a CPU
+#   make test       lint, format and all tests
+# PYTHON=... picks the interpreter, ARGS=... adds flags, PYTEST_ARGS=... replaces pytest's.
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST_ARGS ?= -n auto --maxprocesses=4 --dist=worksteal
+
+# By running it: a version manager leaves stand-ins on the PATH for versions it does not have.
+USABLE := 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))'
+
+.PHONY: help speedrun test format clean
+
+help:
+	@sed -n 's/^\#   //p' Makefile
+
+speedrun: $(VENV)/.installed
+	$(BIN)/python -m experiments.speedrun --workdir=runs/speedrun $(ARGS)
+
+test: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+format: $(VENV)/.test-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)
+
+# Stamps, so that a second call starts at once; a changed declaration installs again.
+$(VENV)/.created:
+	@for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	  if "$$python" -c $(USABLE) >/dev/null 2>&1; then \
+	    echo "Making $(VENV) with $$("$$python" --version)"; \
+	    rm -rf $(VENV) && "$$python" -m venv $(VENV) && touch $@; exit; \
+	  fi; \
+	done; \
+	echo "error: no usable Python >= 3.11 (with venv) found; install one, or: make PYTHON=/path/to/python3" >&2; \
+	exit 2
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py constraints.txt
+	@echo "Installing the project (some minutes the first time)"
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.test-installed: $(VENV)/.created pyproject.toml setup.py constraints.txt
+	@echo "Installing the project and what its tests need (some minutes the first time)"
+	$(INSTALL) -e '.[test]'
+	@touch $@ $(VENV)/.installed
