@@ -1,0 +1,317 @@
+"""The Hugging Face families we read and write: a table of weights and a pair of config functions each.
+
+`to_ours` and `to_theirs` translate config.json; `family_of` finds the family that can express a model.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+from llm.interop.layout import Row
+from llm.interop.rope import rope_from_huggingface, rope_to_huggingface
+from llm.interop.weight_tables import GPT2_ROWS, LLAMA_ROWS
+from llm.models.config import TransformerConfig
+
+# Buffers that older versions of transformers wrote beside the weights.
+_BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One model_type of transformers."""
+
+    architecture: str
+    base: str  # prefix that files of the bare model, without its head, leave out
+    rows: tuple[Row, ...]
+    to_ours: Callable[[dict], TransformerConfig]
+    to_theirs: Callable[[TransformerConfig], dict]
+
+    def canonical_names(self, names: list[str], config: TransformerConfig) -> dict[str, str]:
+        """Return {name as in `rows`: name in the file}, buffers and a repeated tied head left out."""
+        bare = not any(name.startswith(self.base) for name in names)
+        canonical = {}
+        for name in names:
+            if _BUFFERS.search(name) or (config.tied_head and name == "lm_head.weight"):
+                continue
+            add = bare and name != "lm_head.weight"
+            canonical[self.base + name if add else name] = name
+        return canonical
+
+
+def config_from_huggingface(theirs: dict) -> TransformerConfig:
+    """Return our config from a config.json. Dropout stays 0: it is the training run's choice.
+
+    Raises:
+      ValueError: an architecture or an option that our models do not have; a missing key.
+    """
+    family = family_named(theirs.get("model_type"))
+    quantization = theirs.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method", "?")
+        raise ValueError(f"the weights are quantised ({method}); supported: full-precision weights")
+    try:
+        return family.to_ours(theirs)
+    except KeyError as error:
+        raise ValueError(f"the key {error} is missing") from error
+    except TypeError as error:
+        raise ValueError(f"a value is of the wrong type: {error}") from error
+
+
+def family_named(model_type: str | None) -> Family:
+    """Return the family that config.json calls by this model_type.
+
+    Raises:
+      ValueError: we do not have it.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def family_of(config: TransformerConfig) -> str:
+    """Return the model_type that can express this config: the first that gives it back unchanged.
+
+    Raises:
+      ValueError: none can; says what each family would need to be different.
+    """
+    reasons, ours = [], dataclasses.asdict(_comparable(config))
+    for model_type, family in FAMILIES.items():
+        try:
+            back = family.to_ours(family.to_theirs(config))
+        except ValueError as error:
+            reasons.append(f"{model_type}: {error}")
+            continue
+        theirs = dataclasses.asdict(_comparable(back))
+        differing = [f"{key}={theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
+        if not differing:
+            return model_type
+        reasons.append(f"{model_type} would need {', '.join(differing)}")
+    raise ValueError("no Hugging Face family has this model. " + "; ".join(reasons))
+
+
+def _comparable(config: TransformerConfig) -> TransformerConfig:
+    """Return the config without what weights do not depend on, unused fields at their defaults."""
+    blank = TransformerConfig()
+    ignored = ["vocab_multiple", "dropout_rate", "initializer"]
+    if config.positions != "rotary":
+        ignored += ["rope_theta", "rope_scaling"]
+    scaling = config.rope_scaling if config.positions == "rotary" else "none"
+    if scaling == "none":
+        ignored += ["rope_factor"]
+    if scaling != "llama3":
+        ignored += ["rope_low_frequency_factor", "rope_high_frequency_factor"]
+        ignored += ["rope_original_length_tokens"]
+    if "local" not in config.layer_kinds:
+        ignored += ["sliding_window_tokens"]
+    unrolled = {"prefix_layers": (), "cycle_layers": config.layer_kinds}
+    defaults = {name: getattr(blank, name) for name in ignored}
+    return dataclasses.replace(config, **defaults, **unrolled)
+
+
+# --- GPT-2 ------------------------------------------------------------------------------------
+
+_GPT2_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu2": "relu_squared",
+}
+
+
+def _gpt2_to_ours(theirs: dict) -> TransformerConfig:
+    _require_values(
+        theirs,
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        add_cross_attention=False,
+    )
+    width, num_heads = theirs["n_embd"], theirs["n_head"]
+    if width % num_heads:
+        raise ValueError(f"n_embd={width} is not a multiple of n_head={num_heads}")
+    return TransformerConfig(
+        vocab_size=theirs["vocab_size"],
+        width=width,
+        num_layers=theirs["n_layer"],
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=width // num_heads,
+        mlp_width=theirs.get("n_inner") or 4 * width,
+        max_length_tokens=theirs["n_positions"],
+        attention_bias="all",
+        positions="learned",
+        norm="layernorm",
+        norm_epsilon=theirs.get("layer_norm_epsilon", 1e-5),
+        activation=_choose(theirs, "activation_function", "gelu_new", _GPT2_ACTIVATIONS),
+        mlp_bias=True,
+        tied_head=theirs.get("tie_word_embeddings", True),
+    )
+
+
+def _gpt2_to_theirs(config: TransformerConfig) -> dict:
+    return {
+        "vocab_size": config.vocab_size,
+        "n_embd": config.width,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_inner": config.mlp_width,
+        "n_positions": config.max_length_tokens,
+        "layer_norm_epsilon": config.norm_epsilon,
+        "activation_function": _first_key(_GPT2_ACTIVATIONS, config.activation),
+        "resid_pdrop": config.dropout_rate,
+        "embd_pdrop": config.dropout_rate,
+        "attn_pdrop": 0.0,
+        "tie_word_embeddings": config.tied_head,
+    }
+
+
+# --- Llama and its kin ------------------------------------------------------------------------
+
+_GATED_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
+
+
+def _llama_like(theirs: dict, **fields) -> TransformerConfig:
+    width, num_heads = theirs["hidden_size"], theirs["num_attention_heads"]
+    kinds = fields.pop("kinds", ("global",) * theirs["num_hidden_layers"])
+    prefix, cycle = _fold(kinds)
+    fields = dict(head_dim=theirs.get("head_dim") or width // num_heads) | fields
+    return TransformerConfig(
+        vocab_size=theirs["vocab_size"],
+        width=width,
+        num_layers=theirs["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=theirs.get("num_key_value_heads") or num_heads,
+        mlp_width=theirs["intermediate_size"],
+        max_length_tokens=theirs["max_position_embeddings"],
+        norm_epsilon=theirs.get("rms_norm_eps", 1e-6),
+        activation=_choose(theirs, "hidden_act", "silu", _GATED_ACTIVATIONS),
+        tied_head=theirs.get("tie_word_embeddings", False),
+        prefix_layers=prefix,
+        cycle_layers=cycle,
+        **rope_from_huggingface(theirs),
+        **fields,
+    )
+
+
+def _llama_to_ours(theirs: dict) -> TransformerConfig:
+    width, num_heads = theirs["hidden_size"], theirs["num_attention_heads"]
+    if width % num_heads:  # transformers refuses such a Llama, whatever its head_dim
+        raise ValueError(
+            f"hidden_size={width} is not a multiple of num_attention_heads={num_heads}"
+        )
+    return _llama_like(
+        theirs,
+        attention_bias="all" if theirs.get("attention_bias", False) else "none",
+        mlp_bias=theirs.get("mlp_bias", False),
+    )
+
+
+def _qwen2_to_ours(theirs: dict) -> TransformerConfig:
+    return _llama_like(theirs, attention_bias="qkv", **_windows(theirs))
+
+
+def _qwen3_to_ours(theirs: dict) -> TransformerConfig:
+    return _llama_like(
+        theirs,
+        # unlike Llama's, Qwen3's default head width does not follow from the model's
+        head_dim=theirs.get("head_dim") or 128,
+        attention_bias="all" if theirs.get("attention_bias", False) else "none",
+        qk_norm=True,
+        **_windows(theirs),
+    )
+
+
+def _llama_to_theirs(config: TransformerConfig) -> dict:
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_width,
+        "max_position_embeddings": config.max_length_tokens,
+        "rms_norm_eps": config.norm_epsilon,
+        "hidden_act": _first_key(_GATED_ACTIVATIONS, config.activation),
+        "attention_bias": config.attention_bias != "none",
+        "attention_dropout": 0.0,
+        "mlp_bias": config.mlp_bias,
+        "tie_word_embeddings": config.tied_head,
+        **rope_to_huggingface(config),
+    }
+
+
+def _qwen_to_theirs(config: TransformerConfig) -> dict:
+    kinds = config.layer_kinds
+    names = {"global": "full_attention", "local": "sliding_attention"}
+    theirs = _llama_to_theirs(config)
+    del theirs["mlp_bias"]  # Qwen has none
+    return theirs | {
+        "use_sliding_window": "local" in kinds,
+        "sliding_window": config.sliding_window_tokens if "local" in kinds else None,
+        # older readers know only "full attention below this layer, sliding from it on"
+        "max_window_layers": kinds.index("local") if "local" in kinds else len(kinds),
+        "layer_types": [names[kind] for kind in kinds],
+    }
+
+
+def _windows(theirs: dict) -> dict:
+    """Return the fields that say which of Qwen's layers see a sliding window, and how wide."""
+    names = {"full_attention": "global", "sliding_attention": "local"}
+    num_layers, window = theirs["num_hidden_layers"], theirs.get("sliding_window")
+    if not theirs.get("use_sliding_window", False):
+        window = None
+    types = theirs.get("layer_types")
+    if types is None:
+        full = theirs.get("max_window_layers", 28) if window else num_layers
+        types = ["full_attention" if i < full else "sliding_attention" for i in range(num_layers)]
+    if len(types) != num_layers or not set(types) <= names.keys():
+        raise ValueError(
+            f"layer_types={types} must name one of {', '.join(names)} for each of the "
+            f"{num_layers} layers"
+        )
+    if "sliding_attention" not in types:
+        return {}
+    if not window:
+        raise ValueError(
+            "layer_types asks for sliding_attention, but use_sliding_window and sliding_window do "
+            "not say how wide the window is"
+        )
+    return {"kinds": tuple(names[kind] for kind in types), "sliding_window_tokens": window}
+
+
+def _fold(kinds: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return (prefix, cycle) with prefix + cycle·n = kinds, as short as can be together."""
+    for total in range(1, len(kinds) + 1):
+        for prefix in range(total):
+            cycle, rest = total - prefix, kinds[prefix:]
+            if len(rest) % cycle == 0 and rest == rest[:cycle] * (len(rest) // cycle):
+                return kinds[:prefix], rest[:cycle]
+    raise ValueError("the model has no layers")
+
+
+def _choose(theirs: dict, key: str, default: str, choices: dict[str, str]) -> str:
+    value = theirs.get(key, default)
+    if value not in choices:
+        raise ValueError(f"{key}={value!r} is not supported; supported: {', '.join(choices)}")
+    return choices[value]
+
+
+def _first_key(choices: dict[str, str], value: str) -> str:
+    """Return their name of our activation; of one they lack, any (family_of will then refuse)."""
+    return next((key for key, ours in choices.items() if ours == value), next(iter(choices)))
+
+
+def _require_values(theirs: dict, **values) -> None:
+    for key, value in values.items():
+        if theirs.get(key, value) != value:
+            raise ValueError(f"{key}={theirs[key]!r} is not supported; only {value!r} is")
+
+
+FAMILIES = {
+    "gpt2": Family("GPT2LMHeadModel", "transformer.", GPT2_ROWS, _gpt2_to_ours, _gpt2_to_theirs),
+    "llama": Family("LlamaForCausalLM", "model.", LLAMA_ROWS, _llama_to_ours, _llama_to_theirs),
+    "qwen3": Family("Qwen3ForCausalLM", "model.", LLAMA_ROWS, _qwen3_to_ours, _qwen_to_theirs),
+    "qwen2": Family("Qwen2ForCausalLM", "model.", LLAMA_ROWS, _qwen2_to_ours, _qwen_to_theirs),
+}

@@ -1,0 +1,136 @@
+"""Hugging Face directories in and out: config.json, safetensors, tokenizer. Interop floor."""
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+
+from llm.data.tokenizers import Tokenizer, load_tokenizer
+from llm.interop.checkpoint import Checkpoint
+from llm.interop.families import FAMILIES, config_from_huggingface, family_named, family_of
+from llm.interop.layout import check_params, load_params, read_param, tensors
+from llm.interop.safetensors_files import open_safetensors, write_safetensors
+from llm.models.config import TransformerConfig
+
+
+def load_huggingface(directory: str | os.PathLike) -> Checkpoint:
+    """Return the model of a Hugging Face directory, sharded or not, weights as float32.
+
+    The tokenizer is None where the directory has no tokenizer.json.
+
+    Raises:
+      FileNotFoundError: config.json or the weights are not there.
+      ValueError: an architecture or option we do not have (says which we do), a damaged file, or
+        tensors that do not fit the config.
+    """
+    directory = pathlib.Path(directory)
+    theirs = _read_config(directory)
+    try:
+        config = config_from_huggingface(theirs)
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from error
+    family = family_named(theirs["model_type"])
+    with open_safetensors(directory) as weights:
+        names = family.canonical_names(weights.names, config)
+        params = load_params(
+            family.rows, config, names, lambda name: weights.read(names[name]), str(directory)
+        )
+    has_tokenizer = (directory / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(directory) if has_tokenizer else None
+    return Checkpoint(config, params, tokenizer)
+
+
+def save_huggingface(
+    directory: str | os.PathLike,
+    config: TransformerConfig,
+    params: dict,
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a directory that transformers loads, under its final name only when whole.
+
+    Vocabulary padding is left out. Tensors reach the host one shard at a time.
+
+    Args:
+      dtype: "float32" or "bfloat16".
+      max_shard_bytes: above it the weights are split into several files with an index.
+
+    Raises:
+      FileExistsError: the directory exists and is not empty.
+      ValueError: no Hugging Face family has such a model (says what each would need), or the params
+        are not those of the config.
+    """
+    directory = pathlib.Path(directory).absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not empty; name another, or remove it")
+    model_type = family_of(config)
+    check_params(config, params)
+    by_name = {tensor.name: tensor for tensor in tensors(FAMILIES[model_type].rows, config)}
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    aside = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
+    try:
+        write_safetensors(
+            aside,
+            {name: tensor.shape for name, tensor in by_name.items()},
+            lambda name: read_param(by_name[name], config, params),
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+        )
+        if tokenizer is not None:
+            tokenizer.save(aside)
+        _write_json(aside / "config.json", _config_json(model_type, config, tokenizer, dtype))
+        _write_json(
+            aside / "generation_config.json", {"do_sample": False} | _special_tokens(tokenizer)
+        )
+        aside.chmod(0o777 & ~_umask())  # mkdtemp's directories are for their owner alone
+        os.rename(aside, directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _read_config(directory: pathlib.Path) -> dict:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} is no Hugging Face model: it has no config.json")
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(theirs, dict):
+        raise ValueError(f"{path} holds a {type(theirs).__name__}; it must hold an object")
+    return theirs
+
+
+def _config_json(
+    model_type: str, config: TransformerConfig, tokenizer: Tokenizer | None, dtype: str
+) -> dict:
+    return {
+        "architectures": [FAMILIES[model_type].architecture],
+        "model_type": model_type,
+        **FAMILIES[model_type].to_theirs(config),
+        **_special_tokens(tokenizer),
+        # the name of before transformers 4.56, which later ones read, too
+        "torch_dtype": dtype,
+    }
+
+
+def _special_tokens(tokenizer: Tokenizer | None) -> dict:
+    """Return the ids of special tokens; null where there are none, lest a family's default apply."""
+    return {
+        "bos_token_id": tokenizer and tokenizer.bos_id,
+        "eos_token_id": tokenizer and tokenizer.eos_id,
+        "pad_token_id": tokenizer and tokenizer.pad_id,
+    }
+
+
+def _write_json(path: pathlib.Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,28 @@
+"""Weights by where they are: a Hugging Face directory, a GGUF file, or SmolLM2 by name."""
+
+import os
+import pathlib
+
+from llm.data.packages import smollm2_file
+from llm.interop.checkpoint import Checkpoint
+from llm.interop.gguf import load_gguf
+from llm.interop.huggingface import load_huggingface
+
+
+def load_weights(source: str | os.PathLike) -> Checkpoint:
+    """Return the model at a Hugging Face directory or in a .gguf file; "smollm2" fetches its package.
+
+    Raises:
+      FileNotFoundError: there is nothing there.
+      ValueError: the model cannot be read; says why.
+    """
+    path = pathlib.Path(source)
+    if str(source) == "smollm2" and not path.exists():
+        return load_gguf(smollm2_file())
+    if path.is_dir():
+        return load_huggingface(path)
+    if path.is_file():
+        return load_gguf(path)
+    raise FileNotFoundError(
+        f"{path} does not exist; give a Hugging Face directory, a .gguf file, or smollm2"
+    )

@@ -1,0 +1,171 @@
+"""Models of ours against transformers on the same files: logits, loss, every gradient, and back."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from llm.interop.families import FAMILIES, family_of
+from llm.interop.huggingface import load_huggingface, save_huggingface
+from llm.interop.layout import read_param, tensors
+from llm.models.config import ComputeConfig
+from llm.models.transformer import Transformer
+
+SHAPE = dict(
+    vocab_size=97,
+    hidden_size=24,
+    intermediate_size=44,
+    num_hidden_layers=2,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+)
+GPT2_SHAPE = dict(vocab_size=101, n_embd=24, n_layer=2, n_head=3, n_positions=40)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=10_000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+LINEAR_ROPE = dict(rope_type="linear", rope_theta=500.0, factor=4.0)
+
+
+def gpt2(**options):
+    return transformers.GPT2Config(**GPT2_SHAPE, initializer_range=0.2, **options)
+
+
+def llama(num_heads, num_kv_heads, **options):
+    heads = dict(num_attention_heads=num_heads, num_key_value_heads=num_kv_heads)
+    return transformers.LlamaConfig(**SHAPE, **heads, **options)
+
+
+def qwen3(num_heads, num_kv_heads, **options):
+    heads = dict(num_attention_heads=num_heads, num_key_value_heads=num_kv_heads)
+    return transformers.Qwen3Config(**SHAPE | heads | options)
+
+
+CASES = {
+    "gpt2": lambda: gpt2(),
+    "gpt2-untied-gelu": lambda: gpt2(activation_function="gelu", tie_word_embeddings=False),
+    "gpt2-relu2-narrow": lambda: gpt2(activation_function="relu2", n_inner=40),
+    "llama-gqa": lambda: llama(4, 2),
+    "llama-mqa-tied-biases": lambda: llama(
+        3, 1, head_dim=10, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
+    "llama-rope-llama3": lambda: llama(2, 2, rope_parameters=LLAMA3_ROPE),
+    "llama-rope-linear-geglu": lambda: llama(
+        6, 3, rope_parameters=LINEAR_ROPE, hidden_act="gelu_pytorch_tanh"
+    ),
+    "qwen3-tied": lambda: qwen3(4, 2, head_dim=8, tie_word_embeddings=True),
+    "qwen3-windows-biases": lambda: qwen3(
+        5,
+        1,
+        head_dim=6,
+        num_hidden_layers=4,  # ours: one full layer, then a cycle of one
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=7,
+        max_window_layers=1,
+    ),
+    "qwen2": lambda: transformers.Qwen2Config(
+        **SHAPE, num_attention_heads=4, num_key_value_heads=2
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def reference(request, tmp_path_factory):
+    """A random transformers model, its directory, tokens, and its logits on them."""
+    torch.manual_seed(sum(map(ord, request.param)))
+    config = CASES[request.param]()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases would else start at 1 and 0
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    directory = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(directory)
+    tokens = torch.randint(0, config.vocab_size, (2, 36))
+    return model, directory, tokens
+
+
+def mean_loss(model, params, tokens):
+    logits = model.apply({"params": params}, tokens)
+    log_probs = jax.nn.log_softmax(logits[:, :-1])
+    loss = -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1).mean()
+    return loss, logits
+
+
+def test_logits_loss_and_every_gradient_agree(reference):
+    torch_model, directory, tokens = reference
+    checkpoint = load_huggingface(directory)
+    model = Transformer(checkpoint.config, ComputeConfig(unroll_layers=False))
+    step = jax.jit(jax.value_and_grad(lambda p, t: mean_loss(model, p, t), has_aux=True))
+    (loss, logits), grads = step(checkpoint.params, jnp.asarray(tokens.numpy()))
+
+    torch_model.zero_grad()
+    out = torch_model(tokens, labels=tokens)
+    out.loss.backward()
+    vocab = checkpoint.config.vocab_size
+    np.testing.assert_allclose(logits[..., :vocab], out.logits.detach(), atol=1e-4, rtol=1e-4)
+    assert np.isneginf(logits[..., vocab:]).all() and logits.shape[-1] == 128
+    assert float(loss) == pytest.approx(out.loss.item(), rel=1e-3)
+
+    theirs = {name: p.grad.numpy() for name, p in torch_model.named_parameters()}
+    rows = FAMILIES[torch_model.config.model_type].rows
+    ours = {t.name: read_param(t, checkpoint.config, grads) for t in tensors(rows, checkpoint.config)}
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        # relative to the parameter's largest: a key's bias in GPT-2 has no true gradient, just noise
+        error = np.abs(ours[name] - expected).max() / np.abs(expected).max()
+        assert error < 1e-3, f"gradient of {name}: relative error {error:.2e}"
+
+
+def test_export_loads_in_transformers_with_the_same_logits(reference, tmp_path):
+    torch_model, directory, tokens = reference
+    checkpoint = load_huggingface(directory)
+    assert family_of(checkpoint.config) == torch_model.config.model_type
+    save_huggingface(tmp_path / "whole", checkpoint.config, checkpoint.params)
+    save_huggingface(
+        tmp_path / "shards", checkpoint.config, checkpoint.params, max_shard_bytes=9_000
+    )
+    assert len(list((tmp_path / "shards").glob("model-*-of-*.safetensors"))) > 2
+    with torch.no_grad():
+        expected = torch_model(tokens).logits
+        for name in ("whole", "shards"):
+            back, info = transformers.AutoModelForCausalLM.from_pretrained(
+                tmp_path / name, attn_implementation="eager", output_loading_info=True
+            )
+            assert not info["missing_keys"] and not info["unexpected_keys"]
+            assert type(back) is type(torch_model)
+            torch.testing.assert_close(back(tokens).logits, expected, atol=0, rtol=0)
+
+    again = load_huggingface(tmp_path / "shards")
+    assert again.config == checkpoint.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, checkpoint.params)
+
+
+def test_shards_written_by_transformers_load(reference, tmp_path):
+    torch_model, directory, _ = reference
+    torch_model.save_pretrained(tmp_path, max_shard_size="9KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    whole, shards = load_huggingface(directory), load_huggingface(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, whole.params, shards.params)
+
+
+def test_both_spellings_of_rotary_settings_mean_the_same(reference, tmp_path):
+    _, directory, _ = reference
+    theirs = json.loads((directory / "config.json").read_text())
+    rope = theirs.pop("rope_parameters", None)
+    if rope is None:
+        pytest.skip("no rotary positions")
+    theirs["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    theirs["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    (tmp_path / "model.safetensors").symlink_to(directory / "model.safetensors")
+    assert load_huggingface(tmp_path).config == load_huggingface(directory).config
