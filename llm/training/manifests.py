@@ -1,0 +1,178 @@
+"""MANIFEST.json, written last and by rename, makes a checkpoint step valid.
+It holds the SHA-256 of every file and the checksum of every array, and a digest of itself."""
+
+import concurrent.futures
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from llm.training.files import (
+    canonical_json,
+    file_digest,
+    fsync,
+    read_json_lines,
+    text_digest,
+    write_atomically,
+)
+
+CHECKPOINTS = "checkpoints"  # in the workdir: one directory a step
+LEDGER = "checkpoints.jsonl"  # in the workdir: one line for each step that was ever valid
+MANIFEST = "MANIFEST.json"
+_LEDGER_FIELDS = (
+    "step", "tokens", "params_digest", "state_digest", "config_digest", "cursor", "time"
+)  # fmt: skip
+_PARTS_TIMEOUT_SECONDS = 600.0
+_READERS = 4  # hashlib lets other threads run; more readers than this no disk rewards
+
+
+class CorruptStepError(RuntimeError):
+    """A checkpoint step is not what was written."""
+
+
+def step_numbers(directory: epath.Path) -> list[int]:
+    """Return the steps that have a directory, valid or not, in order."""
+    if not directory.exists():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
+def list_steps(workdir: epath.PathLike) -> list[int]:
+    """Return the steps of a workdir that have a manifest, in order."""
+    directory = epath.Path(workdir) / CHECKPOINTS
+    return [step for step in step_numbers(directory) if (directory / str(step) / MANIFEST).exists()]
+
+
+def read_ledger(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """Return a row for each checkpoint that was ever valid, deleted ones included."""
+    return [row for row in read_json_lines(epath.Path(workdir) / LEDGER) if "step" in row]
+
+
+def ledger_row(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return what the ledger keeps of a manifest."""
+    return {field: manifest.get(field) for field in _LEDGER_FIELDS}
+
+
+def step_files(step_dir: epath.Path) -> list[str]:
+    """Return the files below a step's directory, relative and sorted, manifests left out."""
+    found, pending = [], [step_dir]
+    while pending:
+        for path in pending.pop().iterdir():
+            if path.is_dir():
+                pending.append(path)
+            elif not path.name.lstrip(".").startswith(MANIFEST):
+                found.append(path.relative_to(step_dir).as_posix())
+    return sorted(found)
+
+
+def hash_files(
+    step_dir: epath.Path, *, process_index: int = 0, num_processes: int = 1
+) -> dict[str, dict[str, Any]]:
+    """Bring a committed step's files to the disk and return their SHA-256 and sizes.
+
+    Each process hashes its share, and the first one gathers them; the others return their own.
+
+    Raises:
+      TimeoutError: another process did not finish its share.
+    """
+    hashed = {}
+    for name in step_files(step_dir)[process_index::num_processes]:
+        fsync(step_dir / name)
+        sha256, size = file_digest(step_dir / name)
+        hashed[name] = {"sha256": sha256, "bytes": size}
+    if num_processes == 1:
+        return hashed
+    if process_index:
+        write_atomically(step_dir / f"{MANIFEST}.part-{process_index}", canonical_json(hashed))
+        return hashed
+    deadline = time.monotonic() + _PARTS_TIMEOUT_SECONDS
+    for other in range(1, num_processes):
+        part = step_dir / f"{MANIFEST}.part-{other}"
+        while not part.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"process {other} did not hash its files of {step_dir} within "
+                    f"{_PARTS_TIMEOUT_SECONDS:.0f} s; see that process's log"
+                )
+            time.sleep(0.05)
+        hashed |= json.loads(part.read_text())
+        part.unlink()
+    return hashed
+
+
+def write_manifest(step_dir: epath.Path, content: dict[str, Any]) -> None:
+    """Make a step valid: put its manifest in place, whole or not at all."""
+    write_atomically(step_dir / MANIFEST, _to_text(content))
+
+
+def read_manifest(step_dir: epath.Path) -> dict[str, Any]:
+    """Return a step's manifest.
+
+    Raises:
+      CorruptStepError: it is missing, or any bit of it is not as written.
+    """
+    path = step_dir / MANIFEST
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise CorruptStepError(f"{MANIFEST} is missing") from None
+    except ValueError as error:
+        raise CorruptStepError(f"{MANIFEST} is not text: {error}") from None
+    try:
+        content = json.loads(text)["manifest"]
+        intact = _to_text(content) == text
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptStepError(f"{MANIFEST} cannot be parsed: {error!r}") from None
+    if not intact:
+        raise CorruptStepError(f"{MANIFEST} differs from its own digest")
+    return content
+
+
+def _to_text(content: dict[str, Any]) -> str:
+    # One canonical text a content, so that a flipped bit anywhere, even in a space, shows.
+    return canonical_json({"manifest": content, "sha256": text_digest(canonical_json(content))})
+
+
+def check_files(
+    step_dir: epath.Path,
+    manifest: dict[str, Any],
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> list[str]:
+    """Return what is wrong with a step's files (this process's share), a sentence each."""
+
+    def check(name: str) -> str | None:
+        expected = manifest["files"][name]
+        try:
+            sha256, size = file_digest(step_dir / name)
+        except FileNotFoundError:
+            return f"file {name} is missing"
+        except OSError as error:
+            return f"file {name} cannot be read: {error}"
+        if size != expected["bytes"]:
+            return f"file {name} has {size} bytes, not {expected['bytes']}"
+        if sha256 != expected["sha256"]:
+            return f"file {name} has other bytes than were written (SHA-256 {sha256[:12]}…)"
+        return None
+
+    names = sorted(manifest["files"])[process_index::num_processes]
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
+        return [problem for problem in readers.map(check, names) if problem]
+
+
+def check_arrays(manifest: dict[str, Any], digests: dict[str, str]) -> list[str]:
+    """Return which arrays do not have the checksum that the manifest gives, a sentence each."""
+    return [
+        f"array {name} has checksum {digest}, not {manifest['arrays'][name]['digest']}"
+        for name, digest in digests.items()
+        if digest != manifest["arrays"][name]["digest"]
+    ]
+
+
+def shorten(items: Sequence[str], limit: int = 4) -> str:
+    """Return the first few items in one line, and how many more there are."""
+    more = f"; and {len(items) - limit} more" if len(items) > limit else ""
+    return "; ".join(items[:limit]) + more

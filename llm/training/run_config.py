@@ -1,0 +1,138 @@
+"""How often a run logs and saves, and which config a workdir belongs to. Importing it needs no JAX.
+A workdir keeps one config; a resume with another one is refused with the difference shown."""
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from llm.training.files import append_json_line, canonical_json, text_digest, write_atomically
+
+CONFIG = "config.json"
+CONFIG_CHANGES = "config_changes.jsonl"
+
+# What may differ at a resume without asking: it changes neither the batches nor the update. (The
+# mesh changes only the order of sums; everything below `run` is the class RunConfig.)
+FREE_KEYS = ("run", "evaluation", "mesh", "data.num_workers", "data.cache_dir")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Logging, saving and stopping. Nothing here changes what is learnt."""
+
+    log_every_steps: int = 10
+    save_every_steps: int = 1000  # 0: only at the end and when asked to stop
+    save_every_seconds: float | None = None  # as well; on a single process
+    keep_newest_checkpoints: int = 3
+    keep_every_steps: int = 0  # checkpoints at its multiples stay for ever; 0: none do
+    max_skipped_in_a_row: int = 10  # steps without a finite gradient before the run gives up
+    profile_start_step: int = 10  # past compilation and the first steps
+    profile_num_steps: int = 0  # 0: no profile; else a trace is written to workdir/profile
+    allow_config_change: bool = False  # resume a workdir of another config; recorded in it
+    wandb_project: str = ""  # also log to Weights & Biases, when not empty
+
+    def __post_init__(self) -> None:
+        for name in ("log_every_steps", "keep_newest_checkpoints", "max_skipped_in_a_row",
+                     "profile_start_step"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("save_every_steps", "keep_every_steps", "profile_num_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"run.{name}={getattr(self, name)}: must not be negative")
+        if self.save_every_seconds is not None and self.save_every_seconds <= 0:
+            raise ValueError(
+                f"run.save_every_seconds={self.save_every_seconds}: must be positive, or None"
+            )
+
+
+class ConfigChangedError(ValueError):
+    """A workdir belongs to another config than the one given."""
+
+
+def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return {dotted key: (old value, new value)} of what differs; None stands for absent."""
+    before, after = _flatten(_as_json(old)), _flatten(_as_json(new))
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    }
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits for a config, whatever the order of its keys."""
+    return text_digest(canonical_json(_as_json(config)))[:16]
+
+
+def check_config(
+    workdir: epath.PathLike, config: Mapping[str, Any], *, allow_change: bool = False
+) -> dict[str, tuple[Any, Any]]:
+    """Return how the config differs from that of the workdir: {} where there is none yet.
+
+    Raises:
+      ConfigChangedError: a key outside FREE_KEYS differs and no change is allowed.
+      ValueError: the workdir's config.json cannot be read.
+    """
+    path = epath.Path(workdir) / CONFIG
+    if not path.exists():
+        _as_json(config)
+        return {}
+    try:
+        stored = json.loads(path.read_text())
+        difference = config_difference(stored, config)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); restore it or remove it") from error
+    bound = {key: values for key, values in difference.items() if not _is_free(key)}
+    if bound and not allow_change:
+        shown = "; ".join(f"{k}: {_show(old)} → {_show(new)}" for k, (old, new) in bound.items())
+        raise ConfigChangedError(
+            f"workdir {workdir} was made with another config ({shown}). Use that config, or "
+            "another workdir, or go on nevertheless with run.allow_config_change=True"
+        )
+    return difference
+
+
+def record_config(
+    workdir: epath.PathLike, config: Mapping[str, Any], difference: Mapping[str, tuple[Any, Any]]
+) -> None:
+    """Write config.json, and first, where it replaces another one, what changed and when."""
+    workdir = epath.Path(workdir)
+    if (workdir / CONFIG).exists():
+        if not difference:
+            return
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        changes = {key: {"old": old, "new": new} for key, (old, new) in difference.items()}
+        forced = any(not _is_free(key) for key in difference)
+        append_json_line(
+            workdir / CONFIG_CHANGES, {"time": now, "forced": forced, "changes": changes}
+        )
+    text = json.dumps(_as_json(config), indent=2, ensure_ascii=False)
+    write_atomically(workdir / CONFIG, text + "\n")
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+
+
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config as JSON would give it back: tuples become lists."""
+    try:
+        return json.loads(json.dumps(config, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the config must consist of JSON values: {error}") from error
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and (value or not prefix):
+        flat = {}
+        for key, item in value.items():
+            flat |= _flatten(item, f"{prefix}.{key}" if prefix else key)
+        return flat
+    return {prefix: value}
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is None else json.dumps(value, ensure_ascii=False)

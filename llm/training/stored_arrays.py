@@ -1,0 +1,99 @@
+"""Between a state and what Orbax stores: arrays by path, in nested dicts of strings.
+So a checkpoint can be read in part, by a reader that knows nothing of the optimizer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from llm.training.digests import combine_digests
+from llm.training.manifests import shorten
+
+
+def nest(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the nested dicts of values named by path: {"a/b": x} → {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for name, value in named.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def below(named: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the values whose path starts with the prefix, which is cut off."""
+    return {name[len(prefix) :]: x for name, x in named.items() if name.startswith(prefix)}
+
+
+def params_digest(digests: Mapping[str, str], subtree: str = "params") -> str | None:
+    """Return `tree_digest` of a state's parameters, from the checksums of all its arrays."""
+    found = below(digests, f"{subtree}/")
+    return combine_digests(found) if found else None
+
+
+def check_structure(manifest: dict[str, Any], wanted: Mapping[str, Any], path: epath.Path) -> None:
+    """Raise where the arrays wanted are not those of the checkpoint.
+
+    Raises:
+      ValueError: names, shapes or dtypes differ; some of them are listed.
+    """
+    stored = manifest["arrays"]
+    wrong = [f"{name} is missing from the checkpoint" for name in wanted if name not in stored]
+    wrong += [f"{name} is only in the checkpoint" for name in stored if name not in wanted]
+    for name in wanted:
+        if name in stored:
+            have = (stored[name]["dtype"], tuple(stored[name]["shape"]))
+            want = (str(wanted[name].dtype), tuple(np.shape(wanted[name])))
+            if have != want:
+                wrong.append(f"{name} is {have[0]}{have[1]} there but {want[0]}{want[1]} here")
+    if wrong:
+        raise ValueError(
+            f"{path} holds another state than this run's: {shorten(wrong)}. "
+            "Use the config that the workdir was made with, or another workdir"
+        )
+
+
+def read_arrays(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Read arrays of a step, each as the value wanted under its path is.
+
+    An array with a sharding comes with that sharding; NumPy arrays come as NumPy arrays; arrays
+    that JAX has not committed to a device come uncommitted.
+    """
+
+    def restore_args(value: Any) -> ocp.RestoreArgs:
+        if _placed(value):
+            return ocp.ArrayRestoreArgs(
+                restore_type=jax.Array, sharding=value.sharding, global_shape=value.shape
+            )
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+
+    args = nest({name: restore_args(value) for name, value in wanted.items()})
+    item = jax.tree.map(lambda _: 0, args)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.restore(
+            path, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+        )
+    read = {name: _lookup(tree, name) for name in wanted}
+    return {
+        name: read[name] if isinstance(value, np.ndarray) else jnp.asarray(read[name])
+        for name, value in wanted.items()
+    }
+
+
+def _placed(value: Any) -> bool:
+    """Return whether a wanted value says on which devices it is to lie."""
+    if isinstance(value, jax.Array):
+        return value.committed
+    return getattr(value, "sharding", None) is not None
+
+
+def _lookup(tree: Any, name: str) -> Any:
+    for key in name.split("/"):
+        tree = tree[key]
+    return tree

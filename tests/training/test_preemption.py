@@ -1,0 +1,70 @@
+"""Signals only raise a flag between start and stop; afterwards the former handlers are back."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from llm.training.preemption import EXIT_CODE, Preemption
+
+
+@pytest.fixture
+def preemption():
+    watch = Preemption()
+    watch.start()
+    yield watch
+    watch.stop()
+
+
+def test_exit_code_is_that_of_a_temporary_failure():
+    assert EXIT_CODE == os.EX_TEMPFAIL == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_raises_the_flag(preemption, number, capfd):
+    preemption.armed = True
+    assert not preemption.requested(1)
+    os.kill(os.getpid(), number)
+    assert preemption.requested(2) and preemption.signal_name == signal.Signals(number).name
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert preemption.requested(3)
+    shown = capfd.readouterr().err
+    assert shown.count("saving at the end of this step") == 1
+    assert shown.count("already saving") == 3
+
+
+def test_nothing_to_save_leaves_at_once(preemption):
+    with pytest.raises(SystemExit) as stopped:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    assert stopped.value.code == 75
+
+
+def test_former_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    watch = Preemption()
+    watch.start()
+    assert signal.getsignal(signal.SIGTERM) != before[0]
+    watch.stop()
+    watch.stop()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_several_processes_leave_the_signal_to_jax():
+    before = signal.getsignal(signal.SIGTERM)
+    watch = Preemption()
+    watch.start(num_processes=2)
+    assert signal.getsignal(signal.SIGTERM) == before
+    watch.stop()
+
+
+def test_other_threads_install_nothing():
+    before = signal.getsignal(signal.SIGTERM)
+    watch = Preemption()
+    thread = threading.Thread(target=watch.start)
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == before and not watch.requested(1)
+    watch.stop()
