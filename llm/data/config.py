@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 SourceKind = Literal["tfds", "files", "huggingface"]
 TokenizerKind = Literal["train", "file", "bytes", "gpt2"]
+Packing = Literal["global", "online"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class TokenizerConfig:
     path: str = ""
     # For "train": entries in all, special tokens included.
     vocab_size: int = 8192
-    # For "train": text read from each source at most, taken evenly over its documents.
+    # For "train": text read from each source at most, the same share of each of its shards.
     max_train_bytes_per_source: int = 64 * 1024 * 1024
 
     def __post_init__(self) -> None:
@@ -79,6 +80,9 @@ class DataConfig:
     length_tokens: int = 1024
     # Rows of the global batch, over all hosts.
     batch_sequences: int = 8
+    # "global": every document once an epoch, whatever the hosts. "online": for endless streams,
+    # packed as they come, bound to the number of hosts.
+    packing: Packing = "global"
     # Seed of the order of documents and rows; apart from the model's seed.
     seed: int = 0
     # Bad rows skipped per source before preparation stops.
@@ -91,6 +95,7 @@ class DataConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
+        _check_choice("data.packing", self.packing, get_args(Packing))
         for name in ("length_tokens", "batch_sequences"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be positive")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import platform
 from collections.abc import Iterator
 
 
@@ -17,7 +18,8 @@ def written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
     same file each finds a whole one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Hosts that share a disk may have equal process ids.
+    aside = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         yield aside
         os.replace(aside, path)

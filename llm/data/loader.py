@@ -53,8 +53,8 @@ class PackedRows:
         for name, plan in self.plans.items():
             if plan.num_rows == 0:
                 raise ValueError(
-                    f"source {name!r} has no text to train on ({splits[name].path}); "
-                    "set its weight to 0 or give it documents"
+                    f"source {name!r} has no text ({splits[name].path}); give it documents, "
+                    "or set its weight to 0"
                 )
         self._num_rows = np.array([plan.num_rows for plan in self._plans])
         self._order = functools.lru_cache(2 * len(names))(self._row_order)
@@ -247,6 +247,22 @@ def make_batches(
     Raises:
       ValueError: the batch does not divide by the hosts, or a name, weight or cursor is wrong.
     """
+    local_sequences(global_batch_sequences, host_index, host_count)
+    rows = PackedRows(splits, weights, row_length, seed)
+    end_row = MAX_CURSOR if num_epochs is None else min(MAX_CURSOR, rows.num_rows(num_epochs))
+    batches = Batches(
+        rows, end_row, global_batch_sequences, host_index, host_count, num_workers, prefetch
+    )
+    batches.seek(cursor)
+    return batches
+
+
+def local_sequences(global_batch_sequences: int, host_index: int, host_count: int) -> int:
+    """Return how many sequences of each global batch a host takes.
+
+    Raises:
+      ValueError: the batch does not divide by the hosts, or there is no such host.
+    """
     if global_batch_sequences < 1 or global_batch_sequences % host_count:
         near = max(1, round(global_batch_sequences / host_count)) * host_count
         raise ValueError(
@@ -255,13 +271,7 @@ def make_batches(
         )
     if not 0 <= host_index < host_count:
         raise ValueError(f"host_index {host_index} is not one of {host_count} hosts")
-    rows = PackedRows(splits, weights, row_length, seed)
-    end_row = MAX_CURSOR if num_epochs is None else min(MAX_CURSOR, rows.num_rows(num_epochs))
-    batches = Batches(
-        rows, end_row, global_batch_sequences, host_index, host_count, num_workers, prefetch
-    )
-    batches.seek(cursor)
-    return batches
+    return global_batch_sequences // host_count
 
 
 def make_evaluation_batches(
@@ -274,7 +284,7 @@ def make_evaluation_batches(
 ) -> Batches:
     """Return one pass over a held-out split: every pair once, the same batches every time."""
     return make_batches(
-        {"": split}, None, row_length, global_batch_sequences, seed=0,
+        {"held-out": split}, None, row_length, global_batch_sequences, seed=0,
         host_index=host_index, host_count=host_count, num_epochs=1,
     )  # fmt: skip
 

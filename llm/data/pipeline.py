@@ -1,0 +1,67 @@
+"""From a DataConfig to the batches of training, packed globally or online as it says.
+The one place that knows both kinds."""
+
+import os
+
+from llm.data.config import DataConfig
+from llm.data.loader import Batches, make_batches
+from llm.data.online_packing import OnlineBatches, OnlineSetup
+from llm.data.prepare import Prepared
+from llm.data.sources import open_source
+from llm.data.tokenizers import Tokenizer
+
+
+def make_training_batches(
+    config: DataConfig,
+    prepared: Prepared,
+    tokenizer: Tokenizer,
+    *,
+    host_index: int = 0,
+    host_count: int = 1,
+    state_dir: str | os.PathLike | None = None,
+) -> Batches | OnlineBatches:
+    """Return the training batches of a config, from the first row on; `seek` goes elsewhere.
+
+    Args:
+      state_dir: where online packing keeps the journal that `seek` needs.
+    """
+    weights = mixture_weights(config)
+    if config.packing == "global":
+        return make_batches(
+            prepared.train, weights, config.length_tokens, config.batch_sequences, config.seed,
+            host_index=host_index, host_count=host_count,
+        )  # fmt: skip
+    if weights is None:
+        if len(config.sources) > 1:
+            raise ValueError(
+                "data.packing='online' mixes streams whose sizes are unknown: give every source "
+                f"a weight ({', '.join(sorted(config.sources))})"
+            )
+        weights = dict.fromkeys(config.sources, 1.0)
+    sources = {
+        name: open_source(config.sources[name], "train", config.cache_dir)
+        for name, weight in weights.items()
+        if weight > 0
+    }
+    setup = OnlineSetup(
+        config.length_tokens, config.batch_sequences, config.seed, weights,
+        host_index, host_count, config.max_bad_rows,
+    )  # fmt: skip
+    return OnlineBatches(sources, tokenizer, setup, state_dir=state_dir)
+
+
+def mixture_weights(config: DataConfig) -> dict[str, float] | None:
+    """Return the sources' weights; None if none has one: each document once an epoch.
+
+    Raises:
+      ValueError: some sources have a weight and some have not.
+    """
+    without = [name for name, source in config.sources.items() if source.weight is None]
+    if len(without) == len(config.sources):
+        return None
+    if without:
+        raise ValueError(
+            f"data.sources.{without[0]} has no weight where others have one; give it a weight, "
+            "or take the others' away to read each document once an epoch"
+        )
+    return {name: source.weight for name, source in config.sources.items()}

@@ -1,0 +1,204 @@
+"""One task of preparation: read a few parts of a source, tokenise them, leave one shard on disk.
+Runs in worker processes; imports neither JAX nor Grain."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import connection, parent_process
+
+import numpy as np
+
+from llm.data.disk import file_facts, write_json, written_aside
+from llm.data.duplicates import HeldOutSample, make_held_out_sample, sample_shingles
+from llm.data.prepared import StoredDocument, shard_path, storage_dtype, write_shard
+from llm.data.sources import BadRow, Document, Shard, Source, Split
+from llm.data.tokenizers import Tokenizer
+
+# Texts are tokenised together up to this much: enough to keep the tokenizer's own threads busy.
+_BATCH_CHARACTERS = 2**20
+_BATCH_DOCUMENTS = 1024
+
+
+class BadRowsError(ValueError):
+    """A source has more bad rows than data.max_bad_rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardTask:
+    """What becomes one shard of a prepared split. Pickled into a worker process."""
+
+    name: str  # of the source in the config
+    source: Source
+    parts: tuple[Shard, ...]
+    directory: pathlib.Path  # of the split
+    shard: int
+    max_bad_rows: int
+    # Where the shingles of held-out documents lie, to look training text up in; None = this text
+    # is held out itself and its shingles are to be sampled.
+    held_out_path: pathlib.Path | None
+
+    @property
+    def split(self) -> Split:
+        return self.source.split
+
+
+def init_worker(tokenizer: Tokenizer) -> None:
+    """Prepare a worker process: its tokenizer, no threads beside it, no life after its parent."""
+    global _tokenizer
+    _tokenizer = tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+_tokenizer: Tokenizer  # set once in each worker process by init_worker
+
+
+def write_in_worker(task: ShardTask) -> dict:
+    """Do a task in a process that `init_worker` has prepared."""
+    return write_tokenized_shard(task, _tokenizer)
+
+
+def _leave_with_parent() -> None:
+    # A killed parent cannot tell its pool; workers would wait for tasks for ever.
+    connection.wait([parent_process().sentinel])
+    os._exit(1)
+
+
+def write_tokenized_shard(task: ShardTask, tokenizer: Tokenizer) -> dict:
+    """Write shard file, columns and done marker, and return the marker.
+
+    The files depend on the task alone. The marker is written last; while it is missing the
+    shard does not count.
+
+    Raises:
+      BadRowsError: this task alone has more bad rows than allowed.
+    """
+    documents = _DocumentReader(task)
+    stored = _tokenized(documents, tokenizer)
+    dtype = storage_dtype(tokenizer.vocab_size, masked=False)
+    columns = write_shard(task.directory, task.shard, stored, dtype)
+    columns |= documents.columns()
+    with written_aside(columns_path(task)) as aside, open(aside, "wb") as file:
+        np.savez(file, **columns)
+    marker = {
+        "shard": file_facts(shard_path(task.directory, task.shard)),
+        "columns": file_facts(columns_path(task)),
+        "documents": len(columns["num_tokens"]),
+        "tokens": int(columns["num_tokens"].sum()),
+        "bytes": int(columns["num_bytes"].sum()),
+        "bad_rows": [list(dataclasses.astuple(row)) for row in documents.bad_rows],
+    }
+    write_json(marker_path(task), marker)
+    return marker
+
+
+def columns_path(task: ShardTask) -> pathlib.Path:
+    return task.directory / f"shard-{task.shard:05d}.npz"
+
+
+def marker_path(task: ShardTask) -> pathlib.Path:
+    return task.directory / f"shard-{task.shard:05d}.json"
+
+
+def read_marker(task: ShardTask) -> dict | None:
+    """Return the marker of a finished shard; None if it is missing or its files are not whole."""
+    try:
+        marker = json.loads(marker_path(task).read_bytes())
+        whole = (
+            file_facts(shard_path(task.directory, task.shard)) == marker["shard"]
+            and file_facts(columns_path(task)) == marker["columns"]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return marker if whole else None
+
+
+class _DocumentReader:
+    """Yields a task's documents and gathers, on the way, what is to be known of each."""
+
+    def __init__(self, task: ShardTask):
+        self._task = task
+        self._held_out_ids: list[str] = []
+        self._digests: list[bytes] = []
+        self._samples: list[np.ndarray] = []
+        # Document here, its id, held-out document, share of that one's shingles.
+        self._near: list[tuple[int, str, int, float]] = []
+        self.bad_rows: list[BadRow] = []
+
+    def __iter__(self) -> Iterator[Document]:
+        held_out = _load_held_out(self._task.held_out_path)
+        for row in itertools.chain.from_iterable(map(self._task.source.read, self._task.parts)):
+            if isinstance(row, BadRow):
+                self.bad_rows.append(row)
+                check_bad_rows(self._task.name, self.bad_rows, self._task.max_bad_rows)
+                continue
+            if held_out is None:
+                self._samples.append(sample_shingles(row.text))
+                self._held_out_ids.append(row.id)
+            else:
+                for document, share in zip(*held_out.near_duplicates(row.text), strict=True):
+                    self._near.append((len(self._digests), row.id, int(document), float(share)))
+            self._digests.append(hashlib.sha256(row.text.encode()).digest()[:16])
+            yield row
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return what was gathered: texts' digests, and samples or near duplicates."""
+        digests = np.frombuffer(b"".join(self._digests), "<u8").reshape(-1, 2)
+        if self._task.held_out_path is None:
+            return {
+                "text_digest": digests,
+                "id": np.array(self._held_out_ids, np.str_),
+                "sample": np.concatenate([np.zeros(0, np.uint64), *self._samples]),
+                "num_sampled": np.array([len(sample) for sample in self._samples], np.int64),
+            }
+        return {
+            "text_digest": digests,
+            "near_document": np.array([near[0] for near in self._near], np.int64),
+            "near_id": np.array([near[1] for near in self._near], np.str_),
+            "near_held_out": np.array([near[2] for near in self._near], np.int64),
+            "near_share": np.array([near[3] for near in self._near], np.float64),
+        }
+
+
+def _tokenized(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[StoredDocument]:
+    for texts in _batches(document.text for document in documents):
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            tokens = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+            yield StoredDocument(tokens, len(text.encode()))
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@functools.lru_cache(1)
+def _load_held_out(path: pathlib.Path | None) -> HeldOutSample | None:
+    if path is None:
+        return None
+    with np.load(path, allow_pickle=False) as saved:
+        ends = np.cumsum(saved["num_sampled"])[:-1]
+        return make_held_out_sample(np.split(saved["sample"], ends))
+
+
+def check_bad_rows(name: str, bad_rows: Sequence[BadRow], max_bad_rows: int) -> None:
+    """Raise a BadRowsError that names the first rows, if there are too many."""
+    if len(bad_rows) > max_bad_rows:
+        first = "; ".join(f"{row.source}:{row.row} {row.reason}" for row in bad_rows[:3])
+        raise BadRowsError(
+            f"source {name!r} has more than data.max_bad_rows={max_bad_rows} bad rows, the first: "
+            f"{first}. Mend the data, or raise data.max_bad_rows"
+        )
