@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from llm.models.attention_kernels import attend
 from llm.models.config import ComputeConfig, TransformerConfig
@@ -31,23 +31,18 @@ class LayerInputs:
 
 @flax.struct.dataclass
 class LayerCache:
-    """Keys and values of all layers that stand at one place of the cycle, stacked on axis 0."""
+    """One layer's keys and values; layers at one place of the cycle are stacked on a further axis 0."""
 
-    key: Float[Array, "L B K S H"]
-    value: Float[Array, "L B K S H"]
+    key: Float[Array, "*L B K S H"]
+    value: Float[Array, "*L B K S H"]
 
-    def write(self, layer: Int[Array, ""], start, key, value) -> "LayerCache":
-        """Return the cache with [B K T H] keys and values of one layer written from `start` on."""
-        at = (layer, 0, 0, start, 0)
+    def write(self, start, key, value) -> "LayerCache":
+        """Return the cache with [B K T H] keys and values written from `start` on."""
+        at = (0, 0, start, 0)
         return LayerCache(
-            jax.lax.dynamic_update_slice(self.key, key[None].astype(self.key.dtype), at),
-            jax.lax.dynamic_update_slice(self.value, value[None].astype(self.value.dtype), at),
+            jax.lax.dynamic_update_slice(self.key, key.astype(self.key.dtype), at),
+            jax.lax.dynamic_update_slice(self.value, value.astype(self.value.dtype), at),
         )
-
-    def read(self, layer: Int[Array, ""]) -> tuple[jax.Array, jax.Array]:
-        """Return one layer's [B K S H] keys and values."""
-        take = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)  # noqa: E731
-        return take(self.key), take(self.value)
 
 
 class Attention(nn.Module):
@@ -59,7 +54,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Hidden, inputs: LayerInputs, cache: LayerCache | None, layer: Int[Array, ""]
+        self, x: Hidden, inputs: LayerInputs, cache: LayerCache | None
     ) -> tuple[Hidden, LayerCache | None]:
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         n, k, h, d = c.num_heads, c.num_kv_heads, c.head_dim, c.width
@@ -84,8 +79,9 @@ class Attention(nn.Module):
         pattern = inputs.patterns[self.kind]
         key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
         if cache is not None:
-            cache = cache.write(layer, pattern.query_start, key, value)
-            key, value = cache.read(layer)
+            cache = cache.write(pattern.query_start, key, value)
+            if not isinstance(pattern.query_start, int):  # else empty before: these keys are all
+                key, value = cache.key, cache.value
         out = attend(
             query,
             key,
@@ -141,7 +137,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Hidden, inputs: LayerInputs, cache: LayerCache | None, layer: Int[Array, ""]
+        self, x: Hidden, inputs: LayerInputs, cache: LayerCache | None
     ) -> tuple[Hidden, LayerCache | None]:
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         attention_norm = Norm(c.norm, c.norm_epsilon, dtype, name="attention_norm")
@@ -153,11 +149,11 @@ class Layer(nn.Module):
             return nn.Dropout(c.dropout_rate)(y, deterministic=inputs.deterministic)
 
         if c.norm_placement == "pre":
-            y, cache = attention(attention_norm(x), inputs, cache, layer)
+            y, cache = attention(attention_norm(x), inputs, cache)
             x = x + dropout(y)
             x = x + dropout(mlp(mlp_norm(x)))
         else:
-            y, cache = attention(x, inputs, cache, layer)
+            y, cache = attention(x, inputs, cache)
             x = attention_norm(x + dropout(y))
             x = mlp_norm(x + dropout(mlp(x)))
         return constrain(x, "activation_batch", "activation_length", "activation_embed"), cache

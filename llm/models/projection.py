@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from string import ascii_lowercase
 
 import flax.linen as nn
 import jax
@@ -59,7 +60,7 @@ class Projection(nn.Module):
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", init, self.shape, param_dtype)
         product = float32_product if self.float32_output else jnp.einsum
-        y = product(self.spec, x.astype(self.dtype), kernel.astype(self.dtype))
+        y = product(_in_kernel_order(self.spec), x.astype(self.dtype), kernel.astype(self.dtype))
         if not self.use_bias:
             return y
         letters, output = self.spec.split("->")[0].split(",")[1], self.spec.split("->")[1]
@@ -69,3 +70,14 @@ class Projection(nn.Module):
         )
         bias = self.param("bias", init, tuple(self.shape[i] for i in kept), param_dtype)
         return y + bias.astype(y.dtype)
+
+
+def _in_kernel_order(spec: str) -> str:
+    """Rename an einsum's letters so that the kernel's run a, b, c, ….
+
+    Einsum contracts in alphabetical order: "BTNH,NHD->BTD" would transpose kernel and input to H, N.
+    """
+    kernel = spec.split("->")[0].split(",")[1]
+    letters = filter(str.isalpha, dict.fromkeys(kernel + spec))
+    renamed = dict(zip(letters, ascii_lowercase, strict=False))
+    return "".join(renamed.get(symbol, symbol) for symbol in spec)

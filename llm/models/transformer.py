@@ -26,9 +26,9 @@ Tokens = Int[Array, "B T"]
 class Cache:
     """Keys and values seen so far. All sequences share the index at which the next token goes."""
 
-    layers: dict[str, LayerCache]
+    layers: dict  # as the parameters: prefix_{i}, and cycle/layer_{j} stacked
     segments: Int[Array, "B S"]  # 0: nothing there, or padding
-    length: Int[Array, ""]
+    length: Int[Array, ""] | int  # a plain 0 in a cache made within the same jit
 
 
 class Cycle(nn.Module):
@@ -38,14 +38,13 @@ class Cycle(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, carry, index, inputs: LayerInputs):
-        x, caches = carry
+    def __call__(self, x: Hidden, caches: dict[str, LayerCache] | None, inputs: LayerInputs):
         updated = {}
         for j, kind in enumerate(self.config.cycle_layers):
             name = f"layer_{j}"
             cache = None if caches is None else caches[name]
-            x, updated[name] = Layer(self.config, self.compute, kind, name=name)(x, inputs, cache, index)
-        return (x, None if caches is None else caches | updated), None
+            x, updated[name] = Layer(self.config, self.compute, kind, name=name)(x, inputs, cache)
+        return x, updated
 
 
 class Transformer(nn.Module):
@@ -65,15 +64,16 @@ class Transformer(nn.Module):
             layer = _rematerialise(Layer, self.compute, scanned=False)
             setattr(self, f"prefix_{i}", layer(c, self.compute, kind))
         unrolled = self.compute.unroll_layers
-        self.cycle = nn.scan(
-            _rematerialise(Cycle, self.compute, scanned=not unrolled),
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
-            length=c.num_cycles,
-            unroll=c.num_cycles if unrolled else 1,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.compute)
+        if c.num_cycles:  # none once `unstack` has made every layer a prefix layer
+            self.cycle = nn.scan(
+                _rematerialise(Cycle, self.compute, scanned=not unrolled),
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast),
+                length=c.num_cycles,
+                unroll=c.num_cycles if unrolled else 1,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c, self.compute)
         if c.norm_placement == "pre":
             self.final_norm = Norm(c.norm, c.norm_epsilon, dtype)
         self.embedding_dropout = nn.Dropout(c.dropout_rate)
@@ -119,7 +119,8 @@ class Transformer(nn.Module):
                     window=c.sliding_window_tokens if kind == "local" else None,
                     query_start=start,
                     query_segments=segment_ids,
-                    key_segments=segment_ids if cache is None else segments,
+                    # a cache whose length is a plain 0 is known to be empty: look at nothing else
+                    key_segments=segment_ids if isinstance(start, int) else segments,
                     prefix=prefix,
                     slopes=jnp.asarray(alibi_slopes(c.num_heads)) if c.positions == "alibi" else None,
                 )
@@ -129,18 +130,17 @@ class Transformer(nn.Module):
             deterministic=deterministic,
         )
         x = self._embed(tokens, positions, deterministic)
-        layers = None if cache is None else dict(cache.layers)
+        caches = {} if cache is None else cache.layers
+        layers = {}
         for i in range(len(c.prefix_layers)):
             name = f"prefix_{i}"
-            mine = None if layers is None else layers[name]
-            x, mine = getattr(self, name)(x, inputs, mine, jnp.int32(0))
-            if layers is not None:
-                layers[name] = mine
-        (x, layers), _ = self.cycle((x, layers), jnp.arange(c.num_cycles), inputs)
+            x, layers[name] = getattr(self, name)(x, inputs, caches.get(name))
+        if c.num_cycles:
+            x, layers["cycle"] = self.cycle(x, caches.get("cycle"), inputs)
         if c.norm_placement == "pre":
             x = self.final_norm(x)
         if cache is not None:
-            cache = Cache(layers, segments, cache.length + tokens.shape[1])
+            cache = Cache(layers, segments, jnp.int32(start + tokens.shape[1]))
         return x, cache
 
     def unembed(self, hidden: Hidden) -> Float[Array, "B T V"]:
@@ -214,13 +214,18 @@ def init_cache(
 ) -> Cache:
     """Return an empty cache for that many sequences of at most that many tokens."""
 
-    def layer(count):
-        shape = (count, batch, config.num_kv_heads, length_tokens, config.head_dim)
-        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    axes = ("activation_batch", "activation_kv_heads", "activation_cache_length", None)
 
-    layers = {f"prefix_{i}": layer(1) for i in range(len(config.prefix_layers))}
-    layers |= {f"layer_{j}": layer(config.num_cycles) for j in range(len(config.cycle_layers))}
-    return Cache(layers, jnp.zeros((batch, length_tokens), jnp.int32), jnp.int32(0))
+    def layer(*stack):
+        shape = (*stack, batch, config.num_kv_heads, length_tokens, config.head_dim)
+        empty = constrain(jnp.zeros(shape, dtype), *(None for _ in stack), *axes)
+        return LayerCache(empty, empty)
+
+    layers = {f"prefix_{i}": layer() for i in range(len(config.prefix_layers))}
+    if config.num_cycles:
+        cycle = range(len(config.cycle_layers))
+        layers["cycle"] = {f"layer_{j}": layer(config.num_cycles) for j in cycle}
+    return Cache(layers, jnp.zeros((batch, length_tokens), jnp.int32), 0)
 
 
 def _init(model: Transformer, key: jax.Array) -> dict:
