@@ -84,20 +84,19 @@ def _is_axes(x) -> bool:
 
 
 def _each_layer_apart(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Run an optimizer whose statistics are taken over a whole array on each stacked layer by itself."""
+    """Run an optimizer whose statistics are taken over whole arrays on each stacked layer by itself."""
 
-    def split(tree):
-        return {k: v for k, v in tree.items() if k != _STACKED}, tree[_STACKED]
+    def mapped(fn, name):
+        return jax.vmap(fn) if name == _STACKED else fn
 
     def init(params):
-        rest, stacked = split(params)
-        return tx.init(rest), jax.vmap(tx.init)(stacked)
+        return {name: mapped(tx.init, name)(part) for name, part in params.items()}
 
     def update(updates, state, params):
-        rest, stacked = split(updates)
-        rest_params, stacked_params = split(params)
-        rest, rest_state = tx.update(rest, state[0], rest_params)
-        stacked, stacked_state = jax.vmap(tx.update)(stacked, state[1], stacked_params)
-        return rest | {_STACKED: stacked}, (rest_state, stacked_state)
+        done = {
+            name: mapped(tx.update, name)(updates[name], state[name], params[name])
+            for name in params
+        }
+        return {k: v[0] for k, v in done.items()}, {k: v[1] for k, v in done.items()}
 
     return optax.GradientTransformation(init, update)

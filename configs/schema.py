@@ -1,0 +1,68 @@
+"""Every field of every stage on one page. Sections are declared beside the code that reads them."""
+
+import dataclasses
+
+from llm.data.config import DataConfig
+from llm.models.config import ComputeConfig, TransformerConfig
+from llm.parallel.config import MeshConfig
+from llm.training.config import OptimizerConfig, ScheduleConfig
+from llm.training.run_config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What the loop measures while it trains."""
+
+    every_steps: int = 500  # and at the end; 0: never
+    max_sequences: int | None = 512  # held-out rows a source; None: all of them
+    prompts: tuple[str, ...] = ()  # continued greedily at each evaluation
+    sample_tokens: int = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """`experiments.pretrain`: a causal language model from packed text."""
+
+    model: TransformerConfig = TransformerConfig()
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    run: RunConfig = RunConfig()
+    # Length of the run: one of the two.
+    total_steps: int | None = None
+    total_tokens: int | None = None
+    accumulate_steps: int = 1  # microbatches a step
+    z_loss: float = 0.0
+    loss_tile_tokens: int = 4096  # logits exist for so many tokens at a time
+    seed: int = 0
+
+    def __post_init__(self):
+        if (self.total_steps is None) == (self.total_tokens is None):
+            raise ValueError("give total_steps or total_tokens, one of the two")
+        if self.num_steps < 1:
+            raise ValueError("total_steps or total_tokens is less than one step of training")
+        if self.data.length_tokens > self.model.max_length_tokens:
+            raise ValueError(
+                f"data.length_tokens={self.data.length_tokens} exceeds "
+                f"model.max_length_tokens={self.model.max_length_tokens}"
+            )
+        if self.accumulate_steps < 1 or self.data.batch_sequences % self.accumulate_steps:
+            raise ValueError(
+                f"data.batch_sequences={self.data.batch_sequences} is not a multiple of "
+                f"accumulate_steps={self.accumulate_steps}"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of a global batch, padding included."""
+        return self.data.batch_sequences * self.data.length_tokens
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        if self.total_steps is not None:
+            return self.total_steps
+        return -(-self.total_tokens // self.tokens_per_step)

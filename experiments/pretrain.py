@@ -1,0 +1,130 @@
+"""Pretrain a causal language model.
+
+    python -m experiments.pretrain --config=configs/pretrain_tiny.py --workdir=runs/tiny
+
+Any field can be overridden (`--config.optimizer.learning_rate=3e-4`); started again with the same
+workdir, a run goes on where it stopped.
+"""
+
+import dataclasses
+
+import jax
+from absl import flags
+
+from configs.schema import PretrainConfig
+from experiments import entry
+from experiments.data import load_data, make_train_batches
+from llm.evaluation.language_modeling import make_score_step, score_splits
+from llm.generation.config import SamplingConfig
+from llm.generation.generator import Generator
+from llm.models.transformer import Transformer, logical_axes
+from llm.parallel.mesh import make_mesh, start_distributed
+from llm.scaling.accounting import training_flops_per_token
+from llm.scaling.hardware import peak_flops
+from llm.training.loss import make_causal_lm_loss
+from llm.training.optimizers import make_optimizer
+from llm.training.run import Run
+from llm.training.schedules import make_schedule
+from llm.training.state import TrainState, init_state, state_shardings
+from llm.training.step import make_train_step
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
+
+
+def pretrain(config: PretrainConfig, workdir: str) -> None:
+    """Train, or go on training, the model of the config in the workdir."""
+    run = Run(
+        workdir,
+        dataclasses.asdict(config),
+        config.run,
+        total_steps=config.num_steps,
+        tokens_per_step=config.tokens_per_step,
+        flops_per_token=training_flops_per_token(config.model, config.data.length_tokens),
+        peak_flops=peak_flops(jax.devices()),
+    )
+
+    # Mesh
+    start_distributed()
+    mesh = make_mesh(config.mesh)
+
+    # Data
+    tokenizer, prepared = load_data(config.data, config.model)
+    tokenizer.save(run.workdir / "tokenizer")
+    batches = make_train_batches(config.data, tokenizer, prepared)
+
+    # Model
+    model = Transformer(config.model, config.compute)
+    loss_fn = make_causal_lm_loss(
+        model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens
+    )
+    optimizer = make_optimizer(config.optimizer, logical_axes(model))
+    schedule = make_schedule(
+        config.schedule, total_steps=config.num_steps, tokens_per_step=config.tokens_per_step
+    )
+
+    # State
+    ema = config.optimizer.ema_decay is not None
+    shardings = state_shardings(model, optimizer, mesh, ema=ema)
+    train_step = make_train_step(
+        loss_fn,
+        optimizer,
+        config.optimizer,
+        schedule,
+        shardings,
+        mesh,
+        accumulate_steps=config.accumulate_steps,
+    )
+    evaluate = make_evaluation(config, model, mesh, tokenizer, prepared.validation)
+
+    with jax.set_mesh(mesh), run:
+        state = init_state(model, optimizer, mesh, config.seed, ema=ema)
+
+        # Restore
+        state, batches = run.restore(state, batches)
+        if run.due(config.evaluation.every_steps):
+            evaluate(run, state)
+
+        # Loop
+        while run.step < run.total_steps:
+            batch = next(batches)
+            state, metrics = train_step(state, batch)
+            state = run.after_step(state, metrics)
+            if run.due(config.evaluation.every_steps):
+                evaluate(run, state)
+    batches.close()
+
+
+def make_evaluation(config: PretrainConfig, model: Transformer, mesh, tokenizer, splits):
+    """Return (run, state) → None: held-out loss in bits per byte, and samples, to the run's logs."""
+    score_step = make_score_step(model, mesh, tile_tokens=config.loss_tile_tokens)
+    sampling = SamplingConfig(max_new_tokens=config.evaluation.sample_tokens, temperature=0.0)
+    generator = Generator(model, tokenizer, sampling) if config.evaluation.prompts else None
+
+    def evaluate(run: Run, state: TrainState) -> None:
+        params = state.params if state.ema_params is None else state.ema_params
+        metrics = score_splits(
+            score_step,
+            params,
+            splits,
+            row_length=config.data.length_tokens,
+            batch_sequences=config.data.batch_sequences,
+            max_sequences=config.evaluation.max_sequences,
+        )
+        run.write_metrics(metrics)
+        scores = [f"{k[5:]} {v:.4f}" for k, v in metrics.items() if k.endswith("bits_per_byte")]
+        run.say(f"step {run.step}: {', '.join(scores)}")
+        if generator is not None:
+            texts = generator(params, config.evaluation.prompts)
+            run.write_texts({f"samples/{p}": p + t for p, t in zip(config.evaluation.prompts, texts, strict=True)})
+            for prompt, text in zip(config.evaluation.prompts, texts, strict=True):
+                run.say(f"  {prompt}|{text}")
+
+    return evaluate
+
+
+def main(config: PretrainConfig) -> None:
+    pretrain(config, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+    entry.run(main, PretrainConfig)

@@ -1,0 +1,174 @@
+"""Loss and bits per byte of a language model on held-out text. Third floor.
+
+Two readings: packed rows of a prepared split (cheap, in the training loop), and documents under a
+sliding window (each token with context before it, for reports and `evaluate`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llm.data.loader import Batch, make_evaluation_batches
+from llm.data.prepared import PreparedSplit
+from llm.models.transformer import Transformer
+from llm.training.loss import make_causal_lm_loss
+from llm.training.step import place_batch
+
+ScoreStep = Callable[[dict, Batch], dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextScore:
+    """Summed nats over tokens (a document's EOS counted), and the UTF-8 bytes that they spell."""
+
+    nats: float
+    tokens: float
+    num_bytes: float
+
+    @property
+    def loss_nats_per_token(self) -> float:
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+
+    def __add__(self, other: "TextScore") -> "TextScore":
+        return TextScore(
+            self.nats + other.nats, self.tokens + other.tokens, self.num_bytes + other.num_bytes
+        )
+
+
+def make_score_step(model: Transformer, mesh: Mesh, *, tile_tokens: int = 4096) -> ScoreStep:
+    """Return the jitted (params, batch) → sums of a batch: loss in nats, tokens, correct."""
+    loss_fn = make_causal_lm_loss(model, tile_tokens=tile_tokens)
+    score = jax.jit(lambda params, batch: loss_fn(params, batch, None)[1])
+
+    def step(params, batch):
+        arrays = {name: x for name, x in batch.items() if name != "cursor"}
+        return score(params, place_batch(arrays, mesh))
+
+    return step
+
+
+def score_split(
+    score_step: ScoreStep,
+    params: dict,
+    split: PreparedSplit,
+    *,
+    row_length: int,
+    batch_sequences: int,
+    max_sequences: int | None = None,
+) -> TextScore:
+    """Score the packed rows of a held-out split, or the first `max_sequences` of its fixed shuffle.
+
+    Bytes of a part are its share of the tokens times the split's bytes.
+    """
+    batches = make_evaluation_batches(
+        split,
+        row_length,
+        batch_sequences,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
+    sums = []
+    for i, batch in enumerate(batches):
+        if max_sequences is not None and i * batch_sequences >= max_sequences:
+            break
+        sums.append(score_step(params, batch))
+    batches.close()
+    nats, tokens = _total(sums)
+    bytes_per_token = float(split.num_bytes.sum()) / max(1, int(split.num_pairs.sum()))
+    return TextScore(nats, tokens, tokens * bytes_per_token)
+
+
+def score_splits(
+    score_step: ScoreStep, params: dict, splits: Mapping[str, PreparedSplit], **kwargs
+) -> dict[str, float]:
+    """Return metrics `eval/…` for each source and, where there are several, for all together."""
+    scores = {name: score_split(score_step, params, split, **kwargs) for name, split in splits.items()}
+    if len(scores) > 1:
+        scores["all"] = sum(scores.values(), TextScore(0.0, 0.0, 0.0))
+    metrics = {}
+    for name, score in scores.items():
+        metrics[f"eval/{name}/loss"] = score.loss_nats_per_token
+        metrics[f"eval/{name}/bits_per_byte"] = score.bits_per_byte
+    return metrics
+
+
+def score_documents(
+    score_step: ScoreStep,
+    params: dict,
+    documents: Iterable[tuple[np.ndarray, int]],
+    *,
+    row_length: int,
+    batch_tokens: int,
+    stride: int | None = None,
+) -> TextScore:
+    """Score documents (tokens with BOS and EOS, bytes) through a window of row_length tokens.
+
+    The window moves by `stride` (default: half of it); each target is scored once, with at least
+    row_length − stride tokens before it wherever the document has them.
+    """
+    stride = stride or max(1, row_length // 2)
+    num_bytes, windows = 0, []
+    for tokens, size in documents:
+        num_bytes += size
+        windows.extend(_windows(np.asarray(tokens, np.int32), row_length, stride))
+    batches = _window_batches(windows, row_length, batch_tokens)
+    nats, tokens = _total([score_step(params, batch) for batch in batches])
+    return TextScore(nats, tokens, float(num_bytes))
+
+
+def split_documents(split: PreparedSplit) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (tokens, bytes) of each document of a prepared split, for `score_documents`."""
+    for document in range(split.num_documents):
+        yield split.tokens(document), int(split.num_bytes[document])
+
+
+def _total(sums: list[dict[str, jax.Array]]) -> tuple[float, float]:
+    """Sum in float64 on the host: float32 would lose nats over millions of tokens."""
+    sums = jax.device_get(sums)
+    return sum(float(s["loss"]) for s in sums), sum(float(s["tokens"]) for s in sums)
+
+
+def _windows(tokens: np.ndarray, row_length: int, stride: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (tokens of a window and its last target, number of targets scored at its end)."""
+    num_pairs, done = len(tokens) - 1, 0
+    while done < num_pairs:
+        end = min(num_pairs, row_length if done == 0 else done + stride)
+        start = max(0, end - row_length)
+        yield tokens[start : end + 1], end - done
+        done = end
+
+
+def _window_batches(windows: list, row_length: int, batch_tokens: int) -> Iterator[Batch]:
+    """Yield batches of windows of like length: one of few shapes, so that few are compiled."""
+    windows = sorted(windows, key=lambda w: len(w[0]))
+    while windows:
+        longest = len(windows[-1][0]) - 1
+        length = row_length
+        while length // 2 >= max(longest, 16):
+            length //= 2
+        count = max(1, batch_tokens // length)
+        yield _fill([windows.pop() for _ in range(min(count, len(windows)))], count, length)
+
+
+def _fill(windows: list, count: int, length: int) -> Batch:
+    batch = {
+        name: np.zeros((count, length), np.int32)
+        for name in ("tokens", "targets", "segment_ids", "positions")
+    }
+    batch["loss_weights"] = np.zeros((count, length), np.float32)
+    for row, (tokens, scored) in enumerate(windows):
+        n = len(tokens) - 1
+        batch["tokens"][row, :n] = tokens[:-1]
+        batch["targets"][row, :n] = tokens[1:]
+        batch["segment_ids"][row, :n] = 1
+        batch["positions"][row, :n] = np.arange(n)
+        batch["loss_weights"][row, n - scored : n] = 1.0
+    return batch

@@ -1,0 +1,12 @@
+"""Eight fake CPU devices for the whole suite; programs compiled quickly, since most run once."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# No LLVM optimisation: compiling takes a third less, and no test is about speed.
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()

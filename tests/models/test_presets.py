@@ -1,0 +1,71 @@
+"""Published parameter counts, by shapes alone."""
+
+import math
+import re
+
+import jax
+import pytest
+
+from llm.models.presets import PRESETS, from_depth
+from llm.models.transformer import Transformer, param_shapes
+from llm.scaling.accounting import num_active_params, num_params, training_flops_per_token
+
+# Counted on the reference checkpoints of Hugging Face's hub (tied heads counted once).
+EXACT = {
+    "gpt2-124m": 124_439_808,
+    "gpt2-355m": 354_823_168,
+    "gpt2-774m": 774_030_080,
+    "gpt2-1.5b": 1_557_611_200,
+    "llama2-7b": 6_738_415_616,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "smollm2-135m": 134_515_008,
+    "qwen3-0.6b": 596_049_920,
+}
+# Names that round by more than 2%: the exact count above is the check.
+LOOSE_NAMES = {"gpt2-1.5b", "llama2-7b"}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_counts(name):
+    assert num_params(PRESETS[name]) == EXACT[name]
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - LOOSE_NAMES))
+def test_count_is_within_two_percent_of_the_name(name):
+    number, unit = re.fullmatch(r".*-([\d.]+)([mb])", name).groups()
+    assert num_params(PRESETS[name]) == pytest.approx(
+        float(number) * {"m": 1e6, "b": 1e9}[unit], rel=0.02
+    )
+
+
+def test_every_preset_is_counted():
+    assert set(EXACT) | {n for n in PRESETS if n.startswith("gpt3")} == set(PRESETS)
+
+
+def test_padding_is_allocated_but_not_counted():
+    config = PRESETS["gpt2-124m"]
+    shapes = param_shapes(Transformer(config))
+    allocated = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+    assert shapes["embedder"]["embedding"].shape == (50304, 768)
+    assert allocated - num_params(config) == (50304 - 50257) * 768
+
+
+def test_flops_of_gpt3_by_hand():
+    """Brown et al. 2020, table D.1: 6 FLOPs a parameter and token; attention on top (PaLM's form)."""
+    config = PRESETS["gpt3-175b"]
+    attention = 12 * 96 * 96 * 128 * 2048 / 2
+    without = training_flops_per_token(config, 2048) - attention
+    assert without == 6 * num_active_params(config)
+    assert num_active_params(config) == num_params(config) - 2048 * 12288
+    # 300B tokens: 3.14e23 in the paper
+    assert without * 300e9 == pytest.approx(3.14e23, rel=0.002)
+
+
+def test_depth_dial():
+    config = from_depth(12, vocab_size=50257, max_length_tokens=1024)
+    assert (config.width, config.num_layers, config.num_heads, config.mlp_width) == (768, 12, 12, 3072)
+    # attention 4·D², feed-forward 8·D² a layer; two tables; norms: 2 of D and 2 of H a layer, one last
+    assert num_params(config) == 12 * (12 * 768**2 + 2 * 768 + 2 * 64) + 768 + 2 * 50257 * 768
+    with pytest.raises(ValueError, match="multiple of 2"):
+        from_depth(3, vocab_size=10, max_length_tokens=8, head_dim=128)
