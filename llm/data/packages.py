@@ -207,7 +207,7 @@ class Backend:
         text = pathlib.Path("PKG-INFO").read_text("utf-8", errors="replace")
         info = email.message_from_string(text)
         name, version = info["Name"], info["Version"]
-        folder = pathlib.Path(metadata_directory, f"{name}-{version}.dist-info")
+        folder = pathlib.Path(metadata_directory, f"{name.replace('-', '_')}-{version}.dist-info")
         folder.mkdir()
         lines = f"Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n"
         (folder / "METADATA").write_text(lines)

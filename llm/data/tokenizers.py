@@ -1,0 +1,307 @@
+"""Text to token ids and back: one frozen wrapper around a Hugging Face `tokenizers` tokenizer.
+Byte-level BPE trained here, any tokenizer.json, GPT-2's files and raw bytes are all this class."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+from etils import epath
+
+from llm.data.chat import Messages, render_template
+
+# Names of begin and end tokens where a bare tokenizer.json does not tell them.
+_KNOWN_BOS = ("<|bos|>", "<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>", "[CLS]")
+_KNOWN_EOS = ("<|eos|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|endoftext|>", "[SEP]")
+_TOKEN_FIELDS = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token")
+_TOKEN_FIELDS += ("mask_token",)
+# Unicode noncharacters: never assigned, "for internal use". One marks spelled control tokens.
+_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+
+
+class TokenizerError(ValueError):
+    """A tokenizer cannot be loaded, or lacks what is asked of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer as two texts: what `tokenizer.json` holds, and the settings beside it.
+
+    Control tokens (BOS, EOS, chat markers) never come out of text: `encode` takes a spelled
+    "<|eos|>" for seven characters. Only `encode(…, control=True)` and chat templates write them.
+    """
+
+    definition: str  # the content of tokenizer.json
+    settings: str  # the content of tokenizer_config.json, the chat template included
+
+    @classmethod
+    def make(cls, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> "Tokenizer":
+        """Return the tokenizer of a backend, with the fields of tokenizer_config.json."""
+        backend.no_padding()
+        backend.no_truncation()
+        return cls(backend.to_str(), json.dumps(settings, ensure_ascii=False, sort_keys=True))
+
+    # --- Text ---------------------------------------------------------------------------------
+
+    def encode(self, text: str, *, control: bool = False) -> list[int]:
+        """Return the ids of a text, without BOS and EOS.
+
+        With `control`, spelled control tokens become their ids, as `transformers` does: for text
+        of one's own making only, never for data.
+        """
+        if control:
+            return self._control_backend.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        for piece in self._safe_pieces(text):
+            ids += self._text_backend.encode(piece, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, as `encode` does, on several threads."""
+        if self._leaks is not None:
+            return [self.encode(text) for text in texts]
+        # _fast: without the offsets that nobody reads.
+        encodings = self._text_backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], *, skip_control: bool = False) -> str:
+        """Return the text of ids; ids of the padded vocabulary have none."""
+        known = [int(i) for i in ids if 0 <= i < self.vocab_size]
+        return self._control_backend.decode(known, skip_special_tokens=skip_control)
+
+    # --- Chat ---------------------------------------------------------------------------------
+
+    def render_chat(
+        self, messages: Messages, add_generation_prompt: bool = False, **variables: Any
+    ) -> str:
+        """Return the text of a conversation, as `transformers` renders this tokenizer's template.
+
+        Raises:
+          TokenizerError: there is no template.
+          ChatError: the template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise TokenizerError("this tokenizer has no chat template: the model is not for chat")
+        return render_template(
+            self.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.control_tokens, **variables},
+        )
+
+    def encode_chat(
+        self, messages: Messages, add_generation_prompt: bool = False, **variables: Any
+    ) -> list[int]:
+        """Return the ids of a conversation; only the template writes control tokens.
+
+        A control token spelled in a message stays text, so that a user cannot end his turn or
+        speak as the assistant.
+        """
+        spelled = self._control_pattern.search
+        texts = [value for message in messages for value in _strings(message)]
+        if not any(spelled(text) for text in texts):
+            text = self.render_chat(messages, add_generation_prompt, **variables)
+            return self.encode(text, control=True)
+        mark = next(m for m in _MARKS if not any(m in text for text in texts))
+        marked = [
+            _map_strings(message, lambda text: self._mark(text, mark)) for message in messages
+        ]
+        rendered = self.render_chat(marked, add_generation_prompt, **variables)
+        spellings = "|".join(re.escape(self._mark(t, mark)) for t in self._controls_long_first)
+        ids: list[int] = []
+        # Odd pieces are marked spellings; a mark alone is left where a template cut one in two.
+        for i, piece in enumerate(re.split(f"({spellings})|{mark}", rendered)):
+            if piece:
+                ids += self.encode(piece.replace(mark, ""), control=i % 2 == 0)
+        return ids
+
+    def _mark(self, text: str, mark: str) -> str:
+        return self._control_pattern.sub(lambda match: match[0][:1] + mark + match[0][1:], text)
+
+    # --- Facts --------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """The largest id plus one."""
+        return max(self._control_backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def eos_id(self) -> int:
+        """The id that ends a document, and a turn of chat."""
+        return self._id_of("eos_token", "sep_token", known=_KNOWN_EOS)
+
+    @functools.cached_property
+    def bos_id(self) -> int:
+        """The id that begins a document: EOS where the tokenizer has no BOS."""
+        try:
+            return self._id_of("bos_token", "cls_token", known=_KNOWN_BOS)
+        except TokenizerError:
+            return self.eos_id
+
+    @functools.cached_property
+    def pad_id(self) -> int | None:
+        """The id that fills up batches, if there is one."""
+        name = self.control_tokens.get("pad_token")
+        return None if name is None else self._control_backend.token_to_id(name)
+
+    @functools.cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the chat template."""
+        return self._config.get("chat_template")
+
+    @functools.cached_property
+    def control_tokens(self) -> dict[str, str]:
+        """Roles and spellings of the control tokens: {"bos_token": "<|bos|>", …}."""
+        tokens = {name: self._config.get(name) for name in _TOKEN_FIELDS}
+        spelled = {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
+        return {name: token for name, token in spelled.items() if token is not None}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that defines the tokenizer."""
+        return hashlib.sha256(f"{self.definition}\0{self.settings}".encode()).hexdigest()
+
+    def token_id(self, token: str) -> int:
+        """Return the id of a token by its spelling.
+
+        Raises:
+          TokenizerError: the vocabulary does not have it.
+        """
+        found = self._control_backend.token_to_id(token)
+        if found is None:
+            raise TokenizerError(f"the tokenizer has no token {token!r}")
+        return found
+
+    def save(self, directory: epath.PathLike) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which `transformers` loads too."""
+        folder = epath.Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.definition)
+        settings = json.dumps(self._config, ensure_ascii=False, indent=2, sort_keys=True)
+        (folder / "tokenizer_config.json").write_text(settings + "\n")
+
+    # --- Inside -------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"definition": self.definition, "settings": self.settings}
+
+    @functools.cached_property
+    def _config(self) -> dict[str, Any]:
+        return json.loads(self.settings)
+
+    @functools.cached_property
+    def _control_backend(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self.definition)
+
+    @functools.cached_property
+    def _text_backend(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(self.definition)
+        backend.encode_special_tokens = True  # that is: as text. Not kept in tokenizer.json.
+        return backend
+
+    @functools.cached_property
+    def _controls_long_first(self) -> list[str]:
+        added = self._control_backend.get_added_tokens_decoder().values()
+        return sorted((token.content for token in added if token.special), key=len, reverse=True)
+
+    @functools.cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._controls_long_first)) or r"(?!)")
+
+    @functools.cached_property
+    def _leaks(self) -> re.Pattern[str] | None:
+        """Control tokens that even plain text turns into: they are words of some vocabularies."""
+        leaks = [
+            token
+            for token in self._controls_long_first
+            if self.token_id(token)
+            in self._text_backend.encode(token, add_special_tokens=False).ids
+        ]
+        return re.compile("|".join(map(re.escape, leaks))) if leaks else None
+
+    def _safe_pieces(self, text: str) -> list[str]:
+        """Cut a text inside every spelling that would become a control token as one piece."""
+        if self._leaks is None:
+            return [text]
+        cuts = [match.start() + 1 for match in self._leaks.finditer(text)]
+        edges = zip([0, *cuts], [*cuts, len(text)], strict=True)
+        return [text[start:stop] for start, stop in edges]
+
+    def _id_of(self, *fields: str, known: Sequence[str]) -> int:
+        named = [self.control_tokens[f] for f in fields if f in self.control_tokens]
+        if not self.control_tokens:  # a bare tokenizer.json
+            named = [name for name in known if name in self._controls_long_first]
+        for name in named:
+            found = self._control_backend.token_to_id(name)
+            if found is not None:
+                return found
+        raise TokenizerError(
+            f"the tokenizer has no {fields[0]}; name one in tokenizer_config.json "
+            f"(its control tokens: {', '.join(self._controls_long_first) or 'none'})"
+        )
+
+
+def _strings(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _strings(item)
+
+
+def _map_strings(value: Any, function: Any) -> Any:
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: _map_strings(item, function) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_map_strings(item, function) for item in value]
+    return value
+
+
+# --- Loading --------------------------------------------------------------------------------
+
+
+def load_tokenizer(path: epath.PathLike) -> Tokenizer:
+    """Return the tokenizer of a directory (a workdir's, Hugging Face's) or a tokenizer.json.
+
+    Settings and chat template are taken from the files beside tokenizer.json, if there.
+
+    Raises:
+      TokenizerError: no such file, or it is not a tokenizer's.
+    """
+    file = epath.Path(path)
+    if file.is_dir():
+        file = file / "tokenizer.json"
+    if not file.exists():
+        raise TokenizerError(f"no tokenizer at {path}: there is no {file}")
+    try:
+        backend = tokenizers.Tokenizer.from_str(file.read_text())
+    except Exception as error:  # tokenizers raises Exception itself
+        raise TokenizerError(f"{file} is not a Hugging Face tokenizer.json: {error}") from error
+    tokenizer = Tokenizer.make(backend, _load_settings(file.parent))
+    _ = tokenizer.eos_id  # documents need an end: fail here, not in training
+    return tokenizer
+
+
+def _load_settings(folder: epath.Path) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            settings.update(json.loads((folder / name).read_text()))
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several by name, of which the default serves for chat
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default", next(iter(named.values()), None))
+    if (folder / "chat_template.jinja").exists():  # goes before the setting, as in transformers
+        template = (folder / "chat_template.jinja").read_text()
+    if template is not None:
+        settings["chat_template"] = template
+    return settings
