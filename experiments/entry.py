@@ -87,7 +87,7 @@ def print_json(report: Any) -> None:
 
     NaN and infinities, which JSON does not have, become null.
     """
-    print(json.dumps(_plain(report), allow_nan=False), file=_json_output, flush=True)
+    print(json.dumps(plain(report), allow_nan=False), file=_json_output, flush=True)
 
 
 # ------------------------------------------------------------------------- command line
@@ -130,7 +130,7 @@ def _shorten(message: str) -> str:
 
 
 def _start(main: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    if flags.FLAGS["verbosity"].using_default_value:
+    if not flags.FLAGS["verbosity"].present:  # absl marks its default as set
         logging.set_verbosity(logging.WARNING)  # Orbax alone logs a dozen lines a checkpoint
     if "json" in flags.FLAGS and flags.FLAGS.json:
         _keep_standard_output_for_json()
@@ -198,16 +198,16 @@ def _exit(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a value made of what JSON has."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if hasattr(value, "tolist"):  # numpy and JAX arrays and scalars
         value = value.tolist()
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -14,8 +14,8 @@ from etils import epath
 from configs.dataclass_config import load_workdir_config
 from configs.schema import PretrainConfig
 from experiments import entry
-from experiments.data import load_data
 from experiments.loading import load_model
+from llm.data.prepare import prepare
 from llm.data.tokenizers import Tokenizer
 from llm.evaluation.language_modeling import (
     TextScore,
@@ -53,8 +53,8 @@ def main() -> None:
         documents = {path: [_document(path, text, tokenizer)] for path, text in texts.items()}
     else:
         run = load_workdir_config(_WORKDIR.value, PretrainConfig)
-        _, prepared = load_data(run.data, run.model, tokenizer)
-        documents = {name: split_documents(split) for name, split in prepared.validation.items()}
+        held_out = prepare(run.data, tokenizer).validation
+        documents = {name: split_documents(split) for name, split in held_out.items()}
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     score_step = make_score_step(Transformer(config, ComputeConfig(dtype=_DTYPE.value)), mesh)
@@ -89,7 +89,7 @@ def _document(path: str, text: bytes, tokenizer: Tokenizer):
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is invalid") from error
     if not decoded:
         raise ValueError(f"{path} is empty: there is nothing to score")
-    return tokenizer.encode_document(decoded), len(text)
+    return [tokenizer.bos_id, *tokenizer.encode(decoded), tokenizer.eos_id], len(text)
 
 
 def _figures(score: TextScore) -> dict:

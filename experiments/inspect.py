@@ -53,7 +53,8 @@ def _show(config: PretrainConfig, report: dict) -> None:
     console = Console()
     model = Transformer(config.model)
     axes = _flat(logical_axes(model))
-    table = Table("parameter", "shape", "axes", "numbers")
+    table = Table("parameter", "shape", "axes", "numbers", box=None)
+    table.columns[0].no_wrap = True
     for path, shape in _flat(param_shapes(model)).items():
         table.add_row(
             path, str(shape.shape), " ".join(axes[path]), f"{math.prod(shape.shape):,}"

@@ -13,7 +13,9 @@ from absl import flags
 
 from configs.schema import PretrainConfig
 from experiments import entry
-from experiments.data import load_data, make_train_batches
+from llm.data.pipeline import make_training_batches
+from llm.data.prepare import prepare
+from llm.data.tokenizer_training import make_tokenizer
 from llm.evaluation.language_modeling import make_score_step, score_splits
 from llm.generation.config import SamplingConfig
 from llm.generation.generator import Generator
@@ -48,9 +50,21 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
     mesh = make_mesh(config.mesh)
 
     # Data
-    tokenizer, prepared = load_data(config.data, config.model)
-    tokenizer.save(run.workdir / "tokenizer")
-    batches = make_train_batches(config.data, tokenizer, prepared)
+    tokenizer = make_tokenizer(config.data)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size}"
+        )
+    prepared = prepare(config.data, tokenizer)
+    batches = make_training_batches(
+        config.data,
+        prepared,
+        tokenizer,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+        state_dir=run.workdir / "data",
+    )
 
     # Model
     model = Transformer(config.model, config.compute)
@@ -77,6 +91,7 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
     evaluate = make_evaluation(config, model, mesh, tokenizer, prepared.validation)
 
     with jax.set_mesh(mesh), run:
+        tokenizer.save(run.workdir / "tokenizer")
         state = init_state(model, optimizer, mesh, config.seed, ema=ema)
 
         # Restore
