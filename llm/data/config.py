@@ -49,6 +49,12 @@ class SourceConfig:
         if self.max_document_bytes < 1:
             raise ValueError(f"max_document_bytes is {self.max_document_bytes}; it must be ≥ 1")
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is text to validate on: a split, files, or a held-out share."""
+        named = self.validation_paths if self.kind == "files" else self.validation_split
+        return bool(named) or self.validation_fraction > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:

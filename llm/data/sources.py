@@ -183,7 +183,7 @@ def open_source(config: SourceConfig, split: Split = "train", cache_dir: str = "
         raise SourceError(f"split is {split!r}; it must be train or validation")
     named = config.validation_paths if config.kind == "files" else config.validation_split
     held_out = None if named or config.validation_fraction == 0 else split == "validation"
-    if split == "validation" and not named and held_out is None:
+    if split == "validation" and not config.has_validation:
         raise SourceError(
             f"source {describe(config)} has nothing to validate on: give validation_split, "
             "validation_paths, or a validation_fraction above 0"

@@ -147,6 +147,17 @@ def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
     return num_bytes / num_tokens
 
 
+def find_unfaithful(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
+    """Return the texts that do not come back exactly from their ids, or hold a control token."""
+    texts = list(texts)
+    controls = set(tokenizer.control_ids)
+    return [
+        text
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True)
+        if tokenizer.decode(ids) != text or not controls.isdisjoint(ids)
+    ]
+
+
 def read_texts(config: SourceConfig, data: DataConfig, split: str, max_bytes: int) -> Iterator[str]:
     """Yield texts of one source up to about `max_bytes`, the same share of every shard.
 

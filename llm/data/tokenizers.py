@@ -161,6 +161,11 @@ class Tokenizer:
         return {name: token for name, token in spelled.items() if token is not None}
 
     @functools.cached_property
+    def control_ids(self) -> tuple[int, ...]:
+        """The ids that text never becomes, in order."""
+        return tuple(sorted(self.token_id(token) for token in self._controls_long_first))
+
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of all that defines the tokenizer."""
         return hashlib.sha256(f"{self.definition}\0{self.settings}".encode()).hexdigest()

@@ -19,6 +19,7 @@ from llm.data.tokenizer_training import (
     bpe_tokenizer,
     byte_tokenizer,
     bytes_per_token,
+    find_unfaithful,
     gpt2_tokenizer,
     make_tokenizer,
     read_texts,
@@ -138,6 +139,14 @@ def test_bytes_per_token_is_a_ratio_of_sums():
     assert bytes_per_token(tokenizer, iter(TEXTS)) == total / tokens > 1.5
     with pytest.raises(ValueError, match="no text"):
         bytes_per_token(tokenizer, [])
+
+
+def test_find_unfaithful_finds_what_does_not_come_back():
+    assert find_unfaithful(byte_tokenizer(), [*TEXTS, "<|eos|>"]) == []
+    backend = tokenizers.Tokenizer.from_str(byte_tokenizer().definition)
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    lossy = Tokenizer.make(backend, {"eos_token": "<|eos|>"})
+    assert find_unfaithful(lossy, ["small", "Large"]) == ["Large"]
 
 
 # --- Parity with transformers ---------------------------------------------------------------
