@@ -27,6 +27,18 @@ def written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
         aside.unlink(missing_ok=True)
 
 
+def remove_leftovers(directory: pathlib.Path) -> None:
+    """Delete what `written_aside` of killed processes of this host left anywhere below."""
+    for path in directory.rglob(f"*.{platform.node()}.*.tmp"):
+        process = path.name.split(".")[-2]
+        try:
+            os.kill(int(process), 0)  # signal 0 only asks whether the process is there
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (PermissionError, ValueError):
+            continue  # another user's, or not ours
+
+
 def write_json(path: pathlib.Path, value: object) -> None:
     """Write a value as indented JSON, whole or not at all."""
     with written_aside(path) as aside:

@@ -8,12 +8,11 @@ import json
 import multiprocessing
 import os
 import pathlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 from llm.data.config import DataConfig, SourceConfig, cache_root
-from llm.data.disk import write_json
+from llm.data.disk import remove_leftovers, write_json
 from llm.data.merge import merge, write_held_out_sample
 from llm.data.prepared import FORMAT_VERSION, PreparedSplit, storage_dtype
 from llm.data.progress import PrepareProgress
@@ -77,7 +76,7 @@ def prepare(
     sources = _open_sources(config)
     path = root / _key(sources, tokenizer)
     if not (path / "report.json").exists():
-        _remove_leftovers(path)
+        remove_leftovers(path)
         _prepare(path, sources, config, tokenizer, num_workers)
     report = json.loads((path / "report.json").read_bytes())
     _check_report(report, config)
@@ -115,13 +114,6 @@ def _key(sources: Mapping[str, Mapping[str, Source]], tokenizer: Tokenizer) -> s
     }
     text = json.dumps([FORMAT_VERSION, tokenizer.digest, facts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def _remove_leftovers(path: pathlib.Path) -> None:
-    """Delete half-written files of killed processes, unless one may be writing them now."""
-    for leftover in path.glob("**/*.tmp"):
-        if time.time() - leftover.stat().st_mtime > 3600:
-            leftover.unlink(missing_ok=True)
 
 
 def _prepare(
@@ -202,13 +194,18 @@ class _Workers:
     def __init__(self, tokenizer: Tokenizer, num_workers: int):
         self._tokenizer, self._num_workers = tokenizer, num_workers
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+        self._workers_end, self._own_end = multiprocessing.Pipe(duplex=False)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *details: object) -> None:
+    def __exit__(self, exc_type, *details: object) -> None:
+        if exc_type is not None:
+            self._own_end.close()  # workers leave at once, in the middle of their shards
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        self._own_end.close()
+        self._workers_end.close()
 
     def run(self, tasks: Sequence[ShardTask]) -> Iterator[tuple[ShardTask, dict]]:
         """Yield each task with its marker once its shard is on disk, finished ones first."""
@@ -229,7 +226,7 @@ class _Workers:
                 # Spawned, not forked: JAX and the tokenizer have threads by now.
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=init_worker,
-                initargs=(self._tokenizer,),
+                initargs=(self._tokenizer, self._workers_end),
             )
         futures = {self._pool.submit(write_in_worker, task): task for task in pending}
         for future in concurrent.futures.as_completed(futures):

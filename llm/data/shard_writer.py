@@ -8,9 +8,10 @@ import itertools
 import json
 import os
 import pathlib
+import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing import connection, parent_process
+from multiprocessing import connection
 
 import numpy as np
 
@@ -48,12 +49,22 @@ class ShardTask:
         return self.source.split
 
 
-def init_worker(tokenizer: Tokenizer) -> None:
-    """Prepare a worker process: its tokenizer, no threads beside it, no life after its parent."""
+def init_worker(tokenizer: Tokenizer, alive: connection.Connection) -> None:
+    """Prepare a worker process: its tokenizer, no threads beside it, no life after its parent.
+
+    `alive` ends when the parent closes the other end, or dies: a killed parent cannot tell its
+    workers, which would wait for tasks for ever.
+    """
     global _tokenizer
     _tokenizer = tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+    def leave_with_parent() -> None:
+        connection.wait([alive])
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 _tokenizer: Tokenizer  # set once in each worker process by init_worker
@@ -62,12 +73,6 @@ _tokenizer: Tokenizer  # set once in each worker process by init_worker
 def write_in_worker(task: ShardTask) -> dict:
     """Do a task in a process that `init_worker` has prepared."""
     return write_tokenized_shard(task, _tokenizer)
-
-
-def _leave_with_parent() -> None:
-    # A killed parent cannot tell its pool; workers would wait for tasks for ever.
-    connection.wait([parent_process().sentinel])
-    os._exit(1)
 
 
 def write_tokenized_shard(task: ShardTask, tokenizer: Tokenizer) -> dict:

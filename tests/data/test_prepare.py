@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -134,15 +135,17 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path, monkeypatch):
     assert 2 <= len(done) < 6
     assert not list((tmp_path / "killed").glob("*/report.json"))
     written = {path: path.stat().st_mtime_ns for path in done}
-    # Half a shard, as a kill in the middle of a write leaves it.
-    (done[0].parent / "shard-00005.array_record.host.1.tmp").write_bytes(b"half")
+    # Half a shard, as a kill in the middle of a write leaves it: of the child, and of one alive.
+    half = f"shard-00005.array_record.{platform.node()}"
+    (done[0].parent / f"{half}.{child.pid}.tmp").write_bytes(b"half")
+    alive = done[0].parent / f"{half}.{os.getppid()}.tmp"
+    alive.write_bytes(b"half")
 
     prepare(config, byte_tokenizer(), tmp_path / "killed", 2)
     assert {path: path.stat().st_mtime_ns for path in done} == written
     prepare(config, byte_tokenizer(), tmp_path / "unbroken", 0)
-    resumed = digests(tmp_path / "killed")
-    resumed = {name: digest for name, digest in resumed.items() if not name.endswith(".tmp")}
-    assert resumed == digests(tmp_path / "unbroken")
+    alive.unlink()
+    assert digests(tmp_path / "killed") == digests(tmp_path / "unbroken")
 
 
 def test_a_damaged_shard_of_an_unfinished_preparation_is_written_again(tmp_path):
