@@ -66,3 +66,21 @@ class PretrainConfig:
         if self.total_steps is not None:
             return self.total_steps
         return -(-self.total_tokens // self.tokens_per_step)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedrunConfig:
+    """`experiments.speedrun`: the main job, from raw text to a report."""
+
+    pretrain: PretrainConfig = PretrainConfig(total_steps=1)
+    window_stride_tokens: int = 64  # of the sliding window that held-out text is read through
+    ngram_order: int = 5
+    prompts: tuple[str, ...] = ("The",)
+    samples_per_prompt: int = 2
+    sample_tokens: int = 96
+    sample_temperature: float = 0.8
+
+    def __post_init__(self):
+        for name in ("window_stride_tokens", "ngram_order", "samples_per_prompt", "sample_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
