@@ -4,6 +4,7 @@ Read by random access from ArrayRecord (or Parquet) files; TensorFlow is not nee
 import contextlib
 import dataclasses
 import importlib
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -112,8 +113,7 @@ def _prepared_builder(name: str, cache_dir: str) -> Any:
     if builder.info.splits:
         return builder
     builder = _make_builder(name, cache_dir, file_format="array_record")
-    # TFDS tells its progress on standard output, which belongs to the experiment.
-    with contextlib.redirect_stdout(sys.stderr), _lock(builder):
+    with _progress(builder.name), _lock(builder):
         builder = _make_builder(name, cache_dir, file_format="array_record")
         if not builder.info.splits:  # another process may have prepared it meanwhile
             options = tfds.download.DownloadConfig(try_download_gcs=False)
@@ -125,6 +125,22 @@ def _prepared_builder(name: str, cache_dir: str) -> Any:
                     "prepare it elsewhere with file_format=array_record, and set TFDS_DATA_DIR"
                 ) from error
     return builder
+
+
+@contextlib.contextmanager
+def _progress(name: str) -> Iterator[None]:
+    """Keep standard output for the experiment; one line for our own corpora, made in seconds."""
+    with contextlib.redirect_stdout(sys.stderr):
+        if name not in OWN_BUILDERS:
+            yield
+            return
+        print(f"making the corpus {name}", file=sys.stderr, flush=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            tfds.disable_progress_bar()
+            try:
+                yield
+            finally:
+                tfds.enable_progress_bar()
 
 
 def _lock(builder: Any) -> contextlib.AbstractContextManager[Any]:
