@@ -84,7 +84,8 @@ def merge(
     num_held_out = max(
         (end for (split, _), end in ends.items() if split == "validation"), default=0
     )
-    first = first_occurrences(np.concatenate([c["text_digest"] for c in columns.values()]))
+    digests = [_NO_COLUMNS["text_digest"], *(c["text_digest"] for c in columns.values())]
+    first = first_occurrences(np.concatenate(digests))
     kept = first == np.arange(len(first))
 
     report: dict[str, dict[str, dict]] = {"train": {}, "validation": {}}

@@ -37,7 +37,7 @@ class PrepareProgress:
     def __exit__(self, exc_type, *details: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif exc_type is None:
+        elif exc_type is None and self._num_shards:
             self._say()
 
     def advance(self, marker: dict) -> None:
