@@ -1,6 +1,6 @@
-"""The Hugging Face families we read and write: a table of weights and a pair of config functions each.
+"""The Hugging Face families we read and write: a table of weights, config.json there and back.
 
-`to_ours` and `to_theirs` translate config.json; `family_of` finds the family that can express a model.
+`family_of` finds the family that can express one of our models. Interop floor.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Family:
     to_theirs: Callable[[TransformerConfig], dict]
 
     def canonical_names(self, names: list[str], config: TransformerConfig) -> dict[str, str]:
-        """Return {name as in `rows`: name in the file}, buffers and a repeated tied head left out."""
+        """Return {name as in `rows`: name in the file} but for buffers and a repeated tied head."""
         bare = not any(name.startswith(self.base) for name in names)
         canonical = {}
         for name in names:

@@ -1,4 +1,4 @@
-"""GGUF files in: llama.cpp's container of (quantised) weights, metadata and tokenizer. Interop floor."""
+"""GGUF files in: llama.cpp's container of weights, metadata and tokenizer. Interop floor."""
 
 import contextlib
 import dataclasses
@@ -97,7 +97,10 @@ def _read_config(source: GGUFFile) -> TransformerConfig:
     names = set(source.names)
     if "token_embd.weight" not in names:
         raise ValueError(f"{source.path}: the tensor token_embd.weight is missing")
-    width, num_heads = source.need("llama.embedding_length"), source.need("llama.attention.head_count")
+    width, num_heads = (
+        source.need("llama.embedding_length"),
+        source.need("llama.attention.head_count"),
+    )
     num_kv_heads = source.get("llama.attention.head_count_kv", num_heads)
     if not isinstance(num_heads, int) or not isinstance(num_kv_heads, int):
         raise ValueError(f"{source.path}: the number of heads differs by layer; supported: one")
@@ -146,7 +149,9 @@ def _with_rope_scaling(config: TransformerConfig, source: GGUFFile) -> Transform
     """Return the config with the file's rotary scaling: a factor, or divisors of each frequency."""
     kind = source.get("llama.rope.scaling.type", "none")
     if kind not in ("none", "linear"):
-        raise ValueError(f"{source.path}: rope scaling {kind!r} is not supported; supported: linear")
+        raise ValueError(
+            f"{source.path}: rope scaling {kind!r} is not supported; supported: linear"
+        )
     if kind == "linear":
         factor = source.need("llama.rope.scaling.factor")
         config = dataclasses.replace(config, rope_scaling="linear", rope_factor=factor)
@@ -176,6 +181,4 @@ def _damage_named(path: pathlib.Path):
     try:
         yield
     except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
-        raise ValueError(
-            f"{path} is damaged or no GGUF file ({error}); fetch it again"
-        ) from error
+        raise ValueError(f"{path} is damaged or no GGUF file ({error}); fetch it again") from error

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file's metadata, rebuilt with the `tokenizers` library. Interop floor."""
+"""The tokenizer in a GGUF file's metadata, rebuilt with `tokenizers`. Interop floor."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
 def _split_words(max_digits: str) -> pre_tokenizers.PreTokenizer:
-    """Return the splitting of Llama 3 and of Qwen, which differ in how many digits stay together."""
+    """Return the splitting of Llama 3 and of Qwen: they differ in how many digits stay together."""
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + max_digits + "|"
         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -55,13 +55,22 @@ def tokenizer_from_metadata(get: Callable, source: str) -> Tokenizer:
     tokens, merges = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.merges")
     if not tokens or merges is None:
         raise ValueError(f"{source}: the metadata lacks tokenizer.ggml.tokens or .merges")
-    return Tokenizer(
-        _byte_level_bpe(tokens, merges, get("tokenizer.ggml.token_type") or [], pre),
-        bos_id=get("tokenizer.ggml.bos_token_id"),
-        eos_id=get("tokenizer.ggml.eos_token_id"),
-        pad_id=get("tokenizer.ggml.padding_token_id"),
-        chat_template=get("tokenizer.chat_template"),
-    )
+    backend = _byte_level_bpe(tokens, merges, get("tokenizer.ggml.token_type") or [], pre)
+    return Tokenizer.make(backend, _settings(get, tokens))
+
+
+def _settings(get: Callable, tokens: list[str]) -> dict:
+    """Return what Hugging Face keeps in tokenizer_config.json."""
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": get("llama.context_length"),
+        "chat_template": get("tokenizer.chat_template"),
+    }
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = get(f"tokenizer.ggml.{theirs}_token_id")
+        settings[f"{ours}_token"] = None if index is None else tokens[index]
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def _byte_level_bpe(

@@ -59,13 +59,12 @@ def save_huggingface(
       max_shard_bytes: above it the weights are split into several files with an index.
 
     Raises:
-      FileExistsError: the directory exists and is not empty.
-      ValueError: no Hugging Face family has such a model (says what each would need), or the params
-        are not those of the config.
+      ValueError: the directory exists and is not empty, no Hugging Face family has such a model
+        (says what each would need), or the params are not those of the config.
     """
     directory = pathlib.Path(directory).absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists and is not empty; name another, or remove it")
+        raise ValueError(f"{directory} exists and is not empty; name another, or remove it")
     model_type = family_of(config)
     check_params(config, params)
     by_name = {tensor.name: tensor for tensor in tensors(FAMILIES[model_type].rows, config)}
@@ -118,11 +117,13 @@ def _config_json(
 
 
 def _special_tokens(tokenizer: Tokenizer | None) -> dict:
-    """Return the ids of special tokens; null where there are none, lest a family's default apply."""
+    """Return the special tokens' ids; null where there are none, lest a family's default apply."""
+    if tokenizer is None:
+        return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     return {
-        "bos_token_id": tokenizer and tokenizer.bos_id,
-        "eos_token_id": tokenizer and tokenizer.eos_id,
-        "pad_token_id": tokenizer and tokenizer.pad_id,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
     }
 
 

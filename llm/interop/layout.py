@@ -1,6 +1,6 @@
 """How a file's tensors correspond to our parameters: tables of rows, used in both directions.
 
-A row names both sides and their axes in the letters of DESIGN.md, so that it reads as its shapes do.
+A row names both sides and their axes in the letters of DESIGN.md. Interop floor.
 """
 
 import dataclasses
@@ -103,7 +103,9 @@ def tensors(rows: Iterable[Row], config: TransformerConfig) -> list[Tensor]:
       ValueError: the model has parameters that no row names.
     """
     shapes, sizes = flat_shapes(config), axis_sizes(config)
-    found = [tensor for tensor in _all_tensors(rows, config, sizes) if tensor.places[0][0] in shapes]
+    found = [
+        tensor for tensor in _all_tensors(rows, config, sizes) if tensor.places[0][0] in shapes
+    ]
     covered = {path for tensor in found for path, _ in tensor.places}
     if covered != shapes.keys():
         left = ", ".join(sorted(shapes.keys() - covered))

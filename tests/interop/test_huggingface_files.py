@@ -180,7 +180,9 @@ def test_bfloat16_export_rounds_each_weight_once(tmp_path):
 
 
 def test_device_arrays_are_exported_like_host_arrays(exported, tmp_path):
-    save_huggingface(tmp_path / "model", CONFIG, jax.tree.map(jax.numpy.asarray, random_params(CONFIG)))
+    save_huggingface(
+        tmp_path / "model", CONFIG, jax.tree.map(jax.numpy.asarray, random_params(CONFIG))
+    )
     ours, theirs = load_huggingface(tmp_path / "model"), load_huggingface(exported)
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
 
@@ -211,7 +213,7 @@ def test_params_of_another_config_are_refused(tmp_path):
 
 
 def test_an_existing_directory_is_left_alone(exported):
-    with pytest.raises(FileExistsError, match="exists and is not empty"):
+    with pytest.raises(ValueError, match="exists and is not empty"):
         save_huggingface(exported, CONFIG, random_params(CONFIG))
 
 

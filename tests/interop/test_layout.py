@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llm.interop.families import family_of
-from llm.interop.layout import axis_sizes, flat_shapes, load_params, rearrange, read_param, tensors
+from llm.interop.layout import axis_sizes, flat_shapes, load_params, read_param, rearrange, tensors
 from llm.interop.weight_tables import GGUF_LLAMA_ROWS, LLAMA_ROWS
 from llm.models.config import TransformerConfig
 from llm.models.presets import PRESETS
