@@ -11,7 +11,7 @@ from typing import IO, Literal
 from etils import epath
 
 from llm.data.compressed import READ_ERRORS, open_unpacked, read_line, split_endings
-from llm.data.sources import BadRow, Row, Shard, SourceError, nearest, unknown_field
+from llm.data.rows import BadRow, Row, Shard, SourceError, nearest, unknown_field
 
 _JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 _UNREADABLE = (".csv", ".tsv", ".zip", ".tar", ".tgz", ".arrow", ".tfrecord", ".docx", ".pdf")

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llm.data.sources import BadRow, Row, Shard, SourceError, unknown_field
+from llm.data.rows import BadRow, Row, Shard, SourceError, unknown_field
 
 ROWS_PER_SHARD = 4096
 

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 
 from llm.data.compressed import open_unpacked
-from llm.data.sources import BadRow, Row, Shard, SourceError, unknown_field
+from llm.data.rows import BadRow, Row, Shard, SourceError, unknown_field
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import registered
 
-from llm.data.sources import BadRow, Row, Shard, SourceError, nearest, unknown_field
+from llm.data.rows import BadRow, Row, Shard, SourceError, nearest, unknown_field
 
 # Our own builders: packaged corpora that need no data set hub.
 OWN_BUILDERS = ("english_prose", "stdlib_code", "film_reviews", "chinese_reviews")

@@ -110,21 +110,16 @@ def bpe_tokenizer(
     *,
     control_tokens: Sequence[str],
     settings: Mapping[str, object],
-    individual_digits: bool = False,
 ) -> Tokenizer:
-    """Return a byte-level BPE with GPT-2's words from its tables, as found in GGUF files.
+    """Return a byte-level BPE with GPT-2's words from its two tables.
 
     Args:
       vocab: token (in GPT-2's spelling of bytes) to id; merges: pairs, the first first.
       control_tokens: entries of the vocabulary that text never becomes.
       settings: of tokenizer_config.json: bos_token, eos_token, chat_template, …
-      individual_digits: each digit is a word (SmolLM).
     """
     backend = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges)))
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if individual_digits:
-        words = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
-    backend.pre_tokenizer = words
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     backend.add_special_tokens(list(control_tokens))

@@ -1,0 +1,81 @@
+"""What sources are made of: shards, raw rows, documents, bad rows, and what a reader offers.
+`sources` opens them; `source_files`, `source_tfds` and `source_huggingface` read them."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+
+class SourceError(ValueError):
+    """A source cannot be opened or read; the message names it and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A natural unit of text."""
+
+    text: str
+    id: str  # "notes.jsonl:17"
+    group: str  # what a split must not cut: a work, a film, a package
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRow:
+    """A row that is not a document; rows count from 1."""
+
+    source: str
+    row: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row as the source has it, before it becomes a document; rows count from 1."""
+
+    fields: Mapping[str, Any]
+    source: str
+    row: int
+    group: str | None = None  # where the source knows it: a text file is its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A part of a source: a file, or a range in one (bytes, row groups or rows)."""
+
+    name: str
+    start: int = 0
+    stop: int | None = None
+    first_row: int = 1
+
+
+class Reader(Protocol):
+    """What each kind of source offers: raw rows, in shards. Pickled into worker processes."""
+
+    def check(self, fields: Sequence[str]) -> None:
+        """Raise a SourceError, within a second, if these fields cannot be read."""
+
+    def shards(self) -> list[Shard]:
+        """Return all parts in a fixed order, fetching the data if need be."""
+
+    def rows(self, shard: Shard, fields: Sequence[str]) -> Iterator[Row | BadRow]:
+        """Yield the rows of a part, with at least these fields."""
+
+    def fingerprint(self) -> str:
+        """Return what changes when the data changes: names, sizes, versions."""
+
+    def known_groups(self) -> list[str] | None:
+        """Return all groups, where they are known without reading the data."""
+
+
+def unknown_field(where: str, field: str, known: Sequence[str]) -> SourceError:
+    """Return the error for a field that a source does not have."""
+    return SourceError(
+        f"{where} has no field {field!r}; it has {', '.join(known)}: set text_field or group_field"
+    )
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Return a hint at the most similar names, or an empty string."""
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else ""
