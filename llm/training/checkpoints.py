@@ -21,7 +21,7 @@ from llm.training.digests import (
     named_leaves,
     start_digest,
 )
-from llm.training.files import append_json_line
+from llm.training.files import absolute, append_json_line
 from llm.training.manifests import CHECKPOINTS, LEDGER, CorruptStepError, list_steps, shorten
 from llm.training.stored_arrays import check_structure, nest, params_digest, read_arrays
 
@@ -51,7 +51,7 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: epath.PathLike, *, keep_newest: int = 3, keep_every_steps: int = 0):
-        self.workdir = epath.Path(workdir)
+        self.workdir = absolute(workdir)
         self.directory = self.workdir / CHECKPOINTS
         self._keep_newest = keep_newest
         self._keep_every_steps = keep_every_steps

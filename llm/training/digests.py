@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
-ArrayLike = jax.Array | np.ndarray
+ArrayLike = jax.Array | np.ndarray | np.generic
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

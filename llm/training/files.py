@@ -16,6 +16,12 @@ def is_local(path: epath.Path) -> bool:
     return "://" not in os.fspath(path)
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """Return a path that means the same from every directory, as Orbax demands; "~" is home."""
+    path = epath.Path(path)
+    return epath.Path(os.path.abspath(path.expanduser())) if is_local(path) else path
+
+
 def canonical_json(value: Any) -> str:
     """Return the one text that stands for a JSON value: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

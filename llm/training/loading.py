@@ -11,6 +11,7 @@ from etils import epath
 
 from llm.training import manifests
 from llm.training.digests import array_digests, named_leaves
+from llm.training.files import absolute
 from llm.training.manifests import CHECKPOINTS, CorruptStepError, list_steps, shorten
 from llm.training.stored_arrays import below, nest, params_digest, read_arrays
 
@@ -38,7 +39,7 @@ def load_params(
       CorruptStepError: the step asked for is bad, or every step is.
       ValueError: averaged parameters are asked for and the run kept none.
     """
-    workdir = epath.Path(workdir)
+    workdir = absolute(workdir)
     steps = list_steps(workdir)
     if not steps or (step is not None and step not in steps):
         wanted = "any checkpoint" if step is None else f"step {step}"
@@ -120,7 +121,7 @@ class StepReport:
 
 def verify(workdir: epath.PathLike) -> list[StepReport]:
     """Re-read every byte and array of every step of a workdir and report what is wrong."""
-    workdir = epath.Path(workdir)
+    workdir = absolute(workdir)
     rows = {row["step"]: row for row in manifests.read_ledger(workdir)}
     directory = workdir / CHECKPOINTS
     return [

@@ -46,7 +46,7 @@ def encode(value: float | int | str) -> float | int | str:
     return value
 
 
-def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, float | int]]:
     """Return the lines of a workdir's metrics.jsonl; not-finite values are floats again."""
     rows = read_json_lines(epath.Path(workdir) / METRICS)
     return [
@@ -95,7 +95,7 @@ class JsonLog:
             self._stream.close()
 
 
-def _step_of(line: bytes) -> float:
+def _step_of(line: bytes) -> float | int:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 from llm.training.checkpoints import Checkpointer
+from llm.training.files import absolute
 from llm.training.lock import Lock
 from llm.training.metrics import MetricsWriter, to_float
 from llm.training.preemption import EXIT_CODE, Preemption
@@ -53,15 +54,15 @@ class Run:
         *,
         total_steps: int,
         tokens_per_step: int,
-        flops_per_token: float | None = None,
-        peak_flops: float | None = None,
+        flops_per_token: float | int | None = None,
+        peak_flops: float | int | None = None,
     ):
         """`flops_per_token` and `peak_flops` (a second, of all devices) give MFU where known.
 
         Raises:
           ConfigChangedError: the workdir was made with another config.
         """
-        self.workdir = epath.Path(workdir)
+        self.workdir = absolute(workdir)
         self.step = 0  # optimizer steps done
         self.total_steps = total_steps
         self._config = config
@@ -70,7 +71,7 @@ class Run:
         self._step_flops = (flops_per_token or 0.0) * tokens_per_step
         self._peak_flops = peak_flops
         self._config_changes = check_config(
-            workdir, config, allow_change=run_config.allow_config_change
+            self.workdir, config, allow_change=run_config.allow_config_change
         )
         self._preemption = Preemption()
         self._progress = Progress(total_steps)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from toy_loop import toy_state, toy_step
 
@@ -42,7 +43,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def workdir(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "workdir")
+    return epath.Path(shutil.copytree(saved, tmp_path / "workdir"))
 
 
 def restore(workdir, target=None):

@@ -18,6 +18,7 @@ from toy_loop import ToyBatches, run_toy, toy_state, toy_step
 
 from llm.training import manifests
 from llm.training.checkpoints import CheckpointError
+from llm.training.loading import load_params, verify
 from llm.training.manifests import list_steps, read_ledger
 from llm.training.metrics import read_metrics
 from llm.training.run import NonFiniteError, Run
@@ -46,7 +47,7 @@ def logged(workdir):
 
 
 def start_child(workdir, *options):
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, str(TOY), str(workdir), *options]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -86,6 +87,14 @@ def test_four_is_two_and_two(tmp_path, unbroken, stop_after):
 def test_a_finished_run_does_nothing_more(tmp_path, unbroken):
     run_toy(tmp_path, 12)
     assert_goes_on_as_unbroken(tmp_path, unbroken)
+
+
+def test_a_relative_workdir(tmp_path, unbroken, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_toy("runs/toy", 12, stop_after=3)
+    monkeypatch.chdir(tmp_path / "runs")
+    assert load_params("toy").step == 2 and verify("toy")[0].problems == ()
+    assert_goes_on_as_unbroken(pathlib.Path("toy"), unbroken)
 
 
 def test_killed_before_the_first_checkpoint(tmp_path, unbroken):
