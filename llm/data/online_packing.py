@@ -69,6 +69,11 @@ class OnlineBatches(Iterator[Batch]):
         self._cursor = 0
         self._journal = None
         if state_dir is not None:
+            if "://" in os.fspath(state_dir):
+                raise ValueError(
+                    f"online packing adds to a journal in {state_dir}, which must be a local "
+                    "folder; or use data.packing='global', whose state is in the checkpoint"
+                )
             name = f"online-host-{setup.host_index:05d}.jsonl"
             self._journal = pathlib.Path(state_dir) / name
 

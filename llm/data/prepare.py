@@ -92,19 +92,13 @@ def _open_sources(config: DataConfig) -> dict[str, dict[str, Source]]:
     held_out = {
         name: open_source(source, "validation", config.cache_dir)
         for name, source in sorted(config.sources.items())
-        if _has_validation(source)
+        if source.has_validation
     }
     train = {}
     if config.packing == "global":  # online packing reads training text as it goes
         for name, source in sorted(config.sources.items()):
             train[name] = open_source(source, "train", config.cache_dir)
     return {"validation": held_out, "train": train}
-
-
-def _has_validation(source: SourceConfig) -> bool:
-    return bool(
-        source.validation_split or source.validation_paths or source.validation_fraction > 0
-    )
 
 
 def _key(sources: Mapping[str, Mapping[str, Source]], tokenizer: Tokenizer) -> str:
