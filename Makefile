@@ -6,6 +6,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Shapes and types in annotations are checked here, never in a run.
+CHECK_TYPES := '--jaxtyping-packages=llm,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))'
 PYTEST_ARGS ?= -n auto --maxprocesses=4 --dist=worksteal
 
 # By running it: a version manager leaves stand-ins on the PATH for versions it does not have.
@@ -22,7 +24,7 @@ speedrun: $(VENV)/.installed
 test: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(CHECK_TYPES) $(PYTEST_ARGS)
 
 format: $(VENV)/.test-installed
 	$(BIN)/ruff check --fix .

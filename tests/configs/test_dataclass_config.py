@@ -5,7 +5,7 @@ import json
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.dataclass_config import (
@@ -179,6 +179,7 @@ _OPTIMIZERS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         Config,
