@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from llm.interop.layout import Row
 from llm.interop.rope import rope_from_huggingface, rope_to_huggingface
-from llm.interop.weight_tables import GPT2_ROWS, LLAMA_ROWS
+from llm.interop.weight_tables import APERTUS_ROWS, GPT2_ROWS, LLAMA_ROWS
 from llm.models.config import TransformerConfig
 
 # Buffers that older versions of transformers wrote beside the weights.
@@ -169,9 +169,12 @@ def _gpt2_to_theirs(config: TransformerConfig) -> dict:
 # --- Llama and its kin ------------------------------------------------------------------------
 
 _GATED_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
+_UNGATED_ACTIVATIONS = {"relu2": "relu_squared", "gelu_new": "gelu_tanh", "gelu": "gelu"}
 
 
-def _llama_like(theirs: dict, **fields) -> TransformerConfig:
+def _llama_like(
+    theirs: dict, activations: dict[str, str] = _GATED_ACTIVATIONS, **fields
+) -> TransformerConfig:
     width, num_heads = theirs["hidden_size"], theirs["num_attention_heads"]
     kinds = fields.pop("kinds", ("global",) * theirs["num_hidden_layers"])
     prefix, cycle = _fold(kinds)
@@ -185,7 +188,7 @@ def _llama_like(theirs: dict, **fields) -> TransformerConfig:
         mlp_width=theirs["intermediate_size"],
         max_length_tokens=theirs["max_position_embeddings"],
         norm_epsilon=theirs.get("rms_norm_eps", 1e-6),
-        activation=_choose(theirs, "hidden_act", "silu", _GATED_ACTIVATIONS),
+        activation=_choose(theirs, "hidden_act", "silu", activations),
         tied_head=theirs.get("tie_word_embeddings", False),
         prefix_layers=prefix,
         cycle_layers=cycle,
@@ -222,6 +225,17 @@ def _qwen3_to_ours(theirs: dict) -> TransformerConfig:
     )
 
 
+def _apertus_to_ours(theirs: dict) -> TransformerConfig:
+    if not (theirs.get("rope_parameters") or theirs.get("rope_scaling")):
+        raise ValueError("the rotary settings are missing: give rope_parameters")
+    return _llama_like(
+        theirs,
+        _UNGATED_ACTIVATIONS,
+        attention_bias="all" if theirs.get("attention_bias", False) else "none",
+        qk_norm=True,
+    )
+
+
 def _llama_to_theirs(config: TransformerConfig) -> dict:
     return {
         "vocab_size": config.vocab_size,
@@ -254,6 +268,12 @@ def _qwen_to_theirs(config: TransformerConfig) -> dict:
         "max_window_layers": kinds.index("local") if "local" in kinds else len(kinds),
         "layer_types": [names[kind] for kind in kinds],
     }
+
+
+def _apertus_to_theirs(config: TransformerConfig) -> dict:
+    theirs = _llama_to_theirs(config)
+    del theirs["mlp_bias"]  # Apertus has none
+    return theirs | {"hidden_act": _first_key(_UNGATED_ACTIVATIONS, config.activation)}
 
 
 def _windows(theirs: dict) -> dict:
@@ -314,4 +334,8 @@ FAMILIES = {
     "llama": Family("LlamaForCausalLM", "model.", LLAMA_ROWS, _llama_to_ours, _llama_to_theirs),
     "qwen3": Family("Qwen3ForCausalLM", "model.", LLAMA_ROWS, _qwen3_to_ours, _qwen_to_theirs),
     "qwen2": Family("Qwen2ForCausalLM", "model.", LLAMA_ROWS, _qwen2_to_ours, _qwen_to_theirs),
+    # the home of our own depth models: qk-norm with a squared ReLU
+    "apertus": Family(
+        "ApertusForCausalLM", "model.", APERTUS_ROWS, _apertus_to_ours, _apertus_to_theirs
+    ),
 }

@@ -3,6 +3,8 @@
 A row reads: their name, its axes, our path, its axes; letters as in DESIGN.md (see layout.Row).
 """
 
+import dataclasses
+
 from llm.interop.layout import Row
 
 LLAMA_ROWS = (
@@ -60,6 +62,15 @@ GPT2_ROWS = (
     Row("transformer.ln_f.weight", "D", "final_norm/scale", "D"),
     Row("transformer.ln_f.bias", "D", "final_norm/bias", "D"),
     Row("lm_head.weight", "VD", "head/kernel", "DV"),
+)
+
+# Apertus is Llama but for two names, qk-norm, and a feed-forward block without a gate.
+_APERTUS_NAMES = {"input_layernorm": "attention_layernorm"}
+_APERTUS_NAMES |= {"post_attention_layernorm": "feedforward_layernorm"}
+APERTUS_ROWS = tuple(
+    dataclasses.replace(row, theirs=row.theirs.replace(name, _APERTUS_NAMES.get(name, name)))
+    for row in LLAMA_ROWS
+    for name in [row.theirs.split(".")[-2]]
 )
 
 # llama.cpp stores the rows of Q and K with rotary pairs side by side, (h r) where ours are (r h).

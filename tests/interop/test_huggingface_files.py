@@ -14,7 +14,7 @@ import safetensors.numpy
 from llm.interop.huggingface import load_huggingface, save_huggingface
 from llm.interop.weights import load_weights
 from llm.models.config import TransformerConfig
-from llm.models.presets import PRESETS, from_depth
+from llm.models.presets import PRESETS
 from llm.models.transformer import Transformer, param_shapes
 
 CONFIG = TransformerConfig(
@@ -198,10 +198,10 @@ def test_no_shard_exceeds_its_limit(exported):
 
 
 def test_a_model_that_no_family_has_is_refused_with_what_each_would_need(tmp_path):
-    config = from_depth(1, vocab_size=97, max_length_tokens=32)
+    config = dataclasses.replace(CONFIG, qk_norm=True, mlp_bias=True)
     with pytest.raises(ValueError, match="no Hugging Face family has this model") as caught:
         save_huggingface(tmp_path / "model", config, random_params(config))
-    assert "qwen3 would need activation='swiglu'" in str(caught.value)
+    assert "qwen3 would need mlp_bias=False" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ from llm.interop.families import family_of
 from llm.interop.layout import axis_sizes, flat_shapes, load_params, read_param, rearrange, tensors
 from llm.interop.weight_tables import GGUF_LLAMA_ROWS, LLAMA_ROWS
 from llm.models.config import TransformerConfig
-from llm.models.presets import PRESETS
+from llm.models.presets import PRESETS, from_depth
 
 
 def test_rearrange_splits_joined_axes_and_moves_them():
@@ -39,6 +39,10 @@ def test_rearrange_splits_joined_axes_and_moves_them():
 )
 def test_every_published_preset_has_a_family(name, family):
     assert family_of(PRESETS[name]) == family
+
+
+def test_our_own_depth_models_have_a_family():
+    assert family_of(from_depth(2, vocab_size=97, max_length_tokens=32)) == "apertus"
 
 
 def test_names_and_shapes_of_qwen3_are_those_of_its_release():
