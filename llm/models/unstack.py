@@ -1,6 +1,6 @@
 """The same model with no stacked layers: what decoding runs. Models floor.
 
-A loop that slices one layer out of stacked parameters copies every weight at every token.
+A loop that takes one layer's weights out of stacked ones copies all of them at every token.
 """
 
 import dataclasses
@@ -8,30 +8,43 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from llm.models.transformer import Transformer
+from llm.models.transformer import Transformer, logical_axes
+from llm.parallel.rules import constrain
 
 
-def unstack(model: Transformer, params: dict) -> tuple[Transformer, dict]:
-    """Return a model whose layers are all prefix layers, and its parameters in the compute dtype.
+def unstacked(model: Transformer) -> Transformer:
+    """Return the same model with all its layers in the prefix; see `unstack` for its parameters."""
+    config = dataclasses.replace(model.config, prefix_layers=model.config.layer_kinds)
+    return Transformer(config, dataclasses.replace(model.compute, remat="none"))
 
-    It computes exactly what the given model does. Inside jit this is the place to call it once,
-    before a loop; a model that is unstacked already comes back as it is.
+
+def unstack(model: Transformer, params: dict) -> dict:
+    """Return the parameters of `unstacked(model)`, in the compute dtype and gathered over fsdp.
+
+    Norms keep float32, as in the model itself. To be called once, before a loop over tokens; of an
+    unstacked model the parameters come back as they are.
     """
-    config, stacked = model.config, params.get("cycle", {})
+    config, dtype = model.config, jnp.dtype(model.compute.dtype)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: x if _is_norm(path) else x.astype(dtype), params
+    )
+    if not jax.sharding.get_abstract_mesh().empty:
+        # else every token would gather every weight again
+        params = jax.tree.map(_gather, params, logical_axes(model))
     flat = {name: tree for name, tree in params.items() if name != "cycle"}
-    depth = len(config.prefix_layers)
+    place = len(config.prefix_layers)
     for i in range(config.num_cycles):
         for j in range(len(config.cycle_layers)):
-            layer = jax.tree.map(lambda x, i=i: x[i], stacked[f"layer_{j}"])
-            flat[f"prefix_{depth + i * len(config.cycle_layers) + j}"] = layer
-    dtype = jnp.dtype(model.compute.dtype)
-    config = dataclasses.replace(config, prefix_layers=config.layer_kinds)
-    compute = dataclasses.replace(model.compute, remat="none")
-    return Transformer(config, compute), jax.tree_util.tree_map_with_path(
-        lambda path, x: x if _is_norm(path) else x.astype(dtype), flat
-    )
+            layer = jax.tree.map(lambda x, i=i: x[i], params["cycle"][f"layer_{j}"])
+            flat[f"prefix_{place}"] = layer
+            place += 1
+    return flat
 
 
 def _is_norm(path) -> bool:
     """Whether a parameter belongs to a norm, which computes in float32 whatever the dtype."""
     return any(str(getattr(entry, "key", "")).endswith("norm") for entry in path)
+
+
+def _gather(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    return constrain(x, *(None if name == "embed" else name for name in axes))
