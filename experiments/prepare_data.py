@@ -65,7 +65,7 @@ def describe(config: DataConfig, prepared: Prepared) -> dict:
 def _show(report: dict) -> None:
     console = Console(soft_wrap=True)
     columns = ("source", "split", "documents", "dropped", "tokens", "bytes/token", "rows", "filled")
-    table = Table(*columns, box=box.SIMPLE, padding=(0, 1), pad_edge=False)
+    table = Table(*columns, box=box.SIMPLE, padding=(0, 1), pad_edge=False, collapse_padding=True)
     for split in ("train", "validation"):
         for name, counts in report[split].items():
             dropped = sum(count for key, count in counts.items() if key.startswith("dropped"))

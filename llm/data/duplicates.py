@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+from jaxtyping import Bool, Float64, Int32, Int64, UInt64
 
 from llm.data.packing import concatenated_ranges
 
@@ -26,7 +27,7 @@ _BYTE_WORDS, (_SPAN_FACTOR, _LAST_FACTOR) = _WORDS[:256], _WORDS[256:] | np.uint
 _PART_BYTES = 2**20
 
 
-def shingle_hashes(text: str) -> Iterator[np.ndarray]:
+def shingle_hashes(text: str) -> Iterator[UInt64[np.ndarray, " shingles"]]:
     """Yield the 64-bit hashes of all shingles of a text, in parts and with repetitions.
 
     A text shorter than one shingle is one shingle.
@@ -41,7 +42,7 @@ def shingle_hashes(text: str) -> Iterator[np.ndarray]:
         yield _window_hashes(data[begin : min(begin + _PART_BYTES, last) + SHINGLE_BYTES - 1])
 
 
-def _window_hashes(data: bytes) -> np.ndarray:
+def _window_hashes(data: bytes) -> UInt64[np.ndarray, " shingles"]:
     """Hash every window of SHINGLE_BYTES bytes, by joining the hashes of its two halves."""
     hashes = _BYTE_WORDS[np.frombuffer(data, np.uint8)]
     span = 1
@@ -57,12 +58,14 @@ def _window_hashes(data: bytes) -> np.ndarray:
 class HeldOutSample:
     """Sampled shingles of held-out documents, to look training texts up in."""
 
-    hashes: np.ndarray  # uint64, sorted
-    document: np.ndarray  # int32: whose shingle each hash is
-    num_sampled: np.ndarray  # int64, per document
-    maybe: np.ndarray  # bool, indexed by a hash's top bits: may it be one of `hashes`?
+    hashes: UInt64[np.ndarray, " sampled"]  # sorted
+    document: Int32[np.ndarray, " sampled"]  # whose shingle each hash is
+    num_sampled: Int64[np.ndarray, " documents"]
+    maybe: Bool[np.ndarray, " slots"]  # by a hash's top bits: may it be one of `hashes`?
 
-    def near_duplicates(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def near_duplicates(
+        self, text: str
+    ) -> tuple[Int32[np.ndarray, " found"], Float64[np.ndarray, " found"]]:
         """Return the held-out documents that `text` nearly contains, and the shares shared.
 
         The share is that of the held-out document's distinct shingles which occur in `text`
@@ -81,7 +84,7 @@ class HeldOutSample:
         return documents[near], shares[near]
 
 
-def sample_shingles(text: str) -> np.ndarray:
+def sample_shingles(text: str) -> UInt64[np.ndarray, " sampled"]:
     """Return the MinHash sample of a text: its SAMPLED_SHINGLES least shingle hashes.
 
     Source: Broder 1997, "On the resemblance and containment of documents", bottom-k sketches.
@@ -89,7 +92,7 @@ def sample_shingles(text: str) -> np.ndarray:
     return np.unique(np.concatenate(list(shingle_hashes(text))))[:SAMPLED_SHINGLES]
 
 
-def make_held_out_sample(samples: Iterable[np.ndarray]) -> HeldOutSample:
+def make_held_out_sample(samples: Iterable[UInt64[np.ndarray, " _"]]) -> HeldOutSample:
     """Return what to look training texts up in, from the sample of each held-out document."""
     samples = list(samples)
     num_sampled = np.array([len(sample) for sample in samples], np.int64)

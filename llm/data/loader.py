@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from llm.data.mixture import make_mixture
 from llm.data.packing import PackPlan, concatenated_ranges, load_pack_plan, permutation
@@ -65,7 +66,7 @@ class PackedRows:
             return int(self._num_rows.sum()) * num_epochs
         return self._mixture.first_row_beyond(self._num_rows * num_epochs)
 
-    def read(self, rows: np.ndarray, num_sequences: int) -> Batch:
+    def read(self, rows: Int[np.ndarray, " rows"], num_sequences: int) -> Batch:
         """Return the given global rows as arrays [num_sequences, row_length], the rest padding."""
         shape = (num_sequences, self.row_length)
         batch = {
@@ -82,7 +83,9 @@ class PackedRows:
                 _fill_rows(batch, places, split, plan, plan_row[places])
         return batch
 
-    def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _locate(
+        self, rows: Int[np.ndarray, " rows"]
+    ) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
         """Return the source of each global row and the row of that source's pack plan."""
         if self._mixture is None:
             epoch, place = np.divmod(rows, self._num_rows.sum())

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Int64, UInt64
 
 from llm.data import shard_writer
 from llm.data.disk import written_aside
@@ -35,7 +36,9 @@ _NO_COLUMNS = {
 _NEAR_COLUMNS = ("near_document", "near_id", "near_held_out", "near_share")
 
 
-def first_occurrences(digests: np.ndarray) -> np.ndarray:
+def first_occurrences(
+    digests: UInt64[np.ndarray, "documents 2"],
+) -> Int64[np.ndarray, " documents"]:
     """Return, for each text digest (a row of two words), the index of its first occurrence."""
     order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: equal rows stay in order
     ordered = digests[order]

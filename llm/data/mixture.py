@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+from jaxtyping import Int, Int64
 
 # A schedule no longer than this is exact; shares needing a longer one are rounded to 1/16384.
 MAX_PERIOD_ROWS = 2**14
@@ -17,21 +18,23 @@ class Mixture:
     """A periodic schedule of sources in which every prefix holds each share to within one row."""
 
     names: tuple[str, ...]
-    rows_per_period: np.ndarray  # int64, one entry a source
-    source_at: np.ndarray  # int64, period: which source takes this place of the period
-    earlier_at: np.ndarray  # int64, period: rows of that source earlier in the period
+    rows_per_period: Int64[np.ndarray, " sources"]
+    source_at: Int64[np.ndarray, " period"]  # which source takes this place of the period
+    earlier_at: Int64[np.ndarray, " period"]  # rows of that source earlier in the period
 
     @property
     def period(self) -> int:
         return len(self.source_at)
 
-    def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(
+        self, rows: Int[np.ndarray, " B"]
+    ) -> tuple[Int64[np.ndarray, " B"], Int64[np.ndarray, " B"]]:
         """Return, for each global row index, its source and how many of its rows came before."""
         periods, place = np.divmod(np.asarray(rows, np.int64), self.period)
         source = self.source_at[place]
         return source, periods * self.rows_per_period[source] + self.earlier_at[place]
 
-    def first_row_beyond(self, limits: np.ndarray) -> int:
+    def first_row_beyond(self, limits: Int[np.ndarray, " sources"]) -> int:
         """Return the first global row that asks some source for more rows than its limit."""
         firsts = []
         for source, limit in enumerate(np.asarray(limits, np.int64).tolist()):

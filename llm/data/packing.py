@@ -11,6 +11,7 @@ import warnings
 import zipfile
 
 import numpy as np
+from jaxtyping import Int, Int64
 
 from llm.data.disk import written_aside
 
@@ -27,10 +28,10 @@ class PackPlan:
 
     row_length: int
     seed: int
-    row_offsets: np.ndarray  # int64, num_rows + 1
-    doc: np.ndarray  # int64, one entry a piece, as the two below
-    start: np.ndarray  # int64
-    length: np.ndarray  # int64
+    row_offsets: Int64[np.ndarray, " offsets"]  # one more than rows
+    doc: Int64[np.ndarray, " pieces"]
+    start: Int64[np.ndarray, " pieces"]
+    length: Int64[np.ndarray, " pieces"]
 
     @property
     def num_rows(self) -> int:
@@ -53,12 +54,12 @@ class PackPlan:
             sha.update(np.ascontiguousarray(array, "<i8"))
         return sha.hexdigest()
 
-    def row_order(self, epoch: int) -> np.ndarray:
+    def row_order(self, epoch: int) -> Int64[np.ndarray, " rows"]:
         """Return the rows in the order in which epoch `epoch` visits them."""
         return permutation(self.num_rows, "rows", self.seed, epoch)
 
 
-def make_pack_plan(lengths: np.ndarray, row_length: int, seed: int) -> PackPlan:
+def make_pack_plan(lengths: Int[np.ndarray, " documents"], row_length: int, seed: int) -> PackPlan:
     """Return the plan that covers every pair of every document exactly once.
 
     Documents longer than a row become consecutive pieces. Pieces are packed by best-fit
@@ -87,7 +88,10 @@ def make_pack_plan(lengths: np.ndarray, row_length: int, seed: int) -> PackPlan:
 
 
 def load_pack_plan(
-    lengths: np.ndarray, row_length: int, seed: int, cache_dir: str | os.PathLike
+    lengths: Int[np.ndarray, " documents"],
+    row_length: int,
+    seed: int,
+    cache_dir: str | os.PathLike,
 ) -> PackPlan:
     """Return `make_pack_plan(...)`, kept in `cache_dir` under a digest of its arguments.
 
@@ -119,7 +123,9 @@ def _read_plan(path: pathlib.Path, row_length: int, seed: int) -> PackPlan:
     return plan
 
 
-def _best_fit_decreasing(length: np.ndarray, row_length: int, seed: int) -> tuple[np.ndarray, int]:
+def _best_fit_decreasing(
+    length: Int64[np.ndarray, " pieces"], row_length: int, seed: int
+) -> tuple[Int64[np.ndarray, " pieces"], int]:
     """Return each piece's row, and the number of rows.
 
     Each piece, longest first, goes into the fullest row it fits in, else into a new one. All
@@ -166,7 +172,7 @@ def _best_fit_decreasing(length: np.ndarray, row_length: int, seed: int) -> tupl
     return row, num_rows
 
 
-def permutation(size: int, *key: str | int) -> np.ndarray:
+def permutation(size: int, *key: str | int) -> Int64[np.ndarray, " size"]:
     """Return a random order of range(size) that depends on `key` alone.
 
     It sorts raw Philox words: numpy fixes that stream for good, unlike `Generator.permutation`.
@@ -175,7 +181,9 @@ def permutation(size: int, *key: str | int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=philox_key).random_raw(size), kind="stable")
 
 
-def concatenated_ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def concatenated_ranges(
+    starts: Int[np.ndarray, " ranges"], counts: Int[np.ndarray, " ranges"]
+) -> Int64[np.ndarray, " total"]:
     """Return arange(starts[0], starts[0] + counts[0]), then those of starts[1], and so on."""
     before = np.cumsum(counts) - counts
     return np.arange(int(counts.sum())) + np.repeat(starts - before, counts)

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Self
 
 from llm.data.config import DataConfig, SourceConfig, cache_root
 from llm.data.disk import remove_leftovers, write_json
@@ -35,6 +34,10 @@ _MAX_SHARDS = 256
 
 class OverlapError(ValueError):
     """Too many held-out documents (nearly) occur in the training text."""
+
+
+class WorkerDiedError(RuntimeError):
+    """A worker process was killed from outside."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +193,7 @@ class _Workers:
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
         self._workers_end, self._own_end = multiprocessing.Pipe(duplex=False)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "_Workers":
         return self
 
     def __exit__(self, exc_type, *details: object) -> None:
@@ -224,7 +227,14 @@ class _Workers:
             )
         futures = {self._pool.submit(write_in_worker, task): task for task in pending}
         for future in concurrent.futures.as_completed(futures):
-            yield futures[future], future.result()
+            try:
+                marker = future.result()
+            except concurrent.futures.process.BrokenProcessPool as error:
+                raise WorkerDiedError(
+                    f"a process that tokenised {futures[future].name!r} died, perhaps for want of "
+                    "memory; start again with fewer data.num_workers: finished shards are kept"
+                ) from error
+            yield futures[future], marker
 
 
 def _check_report(report: dict, config: DataConfig) -> None:

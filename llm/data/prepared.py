@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from array_record.python import array_record_module
+from jaxtyping import Float32, Int, Int32, Int64, UInt
 
 from llm.data.disk import file_facts, write_json, written_aside
 from llm.data.packing import concatenated_ranges
@@ -149,8 +150,8 @@ class PreparedSplit:
         _check_file(self.path / "index.npz", self.manifest["index"], hashed=True)
         with np.load(self.path / "index.npz", allow_pickle=False) as index:
             self._shard, self._record = index["shard"], index["record"]
-            self.num_tokens: np.ndarray = index["num_tokens"]
-            self.num_bytes: np.ndarray = index["num_bytes"]
+            self.num_tokens: Int64[np.ndarray, " documents"] = index["num_tokens"]
+            self.num_bytes: Int64[np.ndarray, " documents"] = index["num_bytes"]
         self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
         # Prefetch threads share the readers, and not every ArrayRecord release lets them.
         self._lock = threading.Lock()
@@ -160,7 +161,7 @@ class PreparedSplit:
         return len(self.num_tokens)
 
     @property
-    def num_pairs(self) -> np.ndarray:
+    def num_pairs(self) -> Int64[np.ndarray, " documents"]:
         """(input, target) pairs of each document, the lengths that packing works with."""
         return np.maximum(self.num_tokens - 1, 0)
 
@@ -171,15 +172,18 @@ class PreparedSplit:
         parts += [shard["sha256"] for shard in self.manifest["shards"]]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def tokens(self, document: int) -> np.ndarray:
-        """Return all stored tokens of one document, BOS and EOS included, as int32."""
+    def tokens(self, document: int) -> Int32[np.ndarray, " tokens"]:
+        """Return all stored tokens of one document, BOS and EOS included."""
         count = self.num_tokens[document : document + 1]
         words, _ = self.read(np.array([document]), np.zeros(1, np.int64), count)
         return token_ids(words)
 
     def read(
-        self, doc: np.ndarray, start: np.ndarray, count: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self,
+        doc: Int[np.ndarray, " stretches"],
+        start: Int[np.ndarray, " stretches"],
+        count: Int[np.ndarray, " stretches"],
+    ) -> tuple[UInt[np.ndarray, " words"], Int64[np.ndarray, " stretches"]]:
         """Read many stretches at once: count[i] stored words of document doc[i] from start[i] on.
 
         Returns:
@@ -228,15 +232,15 @@ class PreparedSplit:
         return self._readers[shard]
 
 
-def token_ids(words: np.ndarray) -> np.ndarray:
-    """Return the tokens in stored words, int32."""
+def token_ids(words: UInt[np.ndarray, " words"]) -> Int32[np.ndarray, " words"]:
+    """Return the tokens in stored words."""
     if words.dtype.itemsize == 2:
         return words.astype(np.int32)
     return (words & np.uint32(_NO_LOSS_BIT - 1)).astype(np.int32)
 
 
-def loss_mask(words: np.ndarray) -> np.ndarray:
-    """Return float32 1 where the stored token may be a target, 0 where it may not."""
+def loss_mask(words: UInt[np.ndarray, " words"]) -> Float32[np.ndarray, " words"]:
+    """Return 1 where the stored token may be a target, 0 where it may not."""
     if words.dtype.itemsize == 2:
         return np.ones(len(words), np.float32)
     return (words < _NO_LOSS_BIT).astype(np.float32)

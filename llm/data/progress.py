@@ -3,7 +3,7 @@ elsewhere. Written to standard error, since standard output belongs to the exper
 
 import sys
 import time
-from typing import Self, TextIO
+from typing import TextIO
 
 import rich.console
 import rich.progress
@@ -21,7 +21,7 @@ class PrepareProgress:
         self._started = self._last_shown = time.monotonic()
         self._bar: rich.progress.Progress | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "PrepareProgress":
         if self._console.is_terminal:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("tokenising"),

@@ -17,7 +17,9 @@ def splits(tmp_path_factory):
     made = {}
     for source, (first, count) in {"prose": (0, 60), "code": (400, 23)}.items():
         sizes = np.random.default_rng(first).integers(2, 60, count)
-        stored = [StoredDocument(64 * (first + i) + np.arange(n), n) for i, n in enumerate(sizes)]
+        stored = [
+            StoredDocument(64 * (first + i) + np.arange(n), int(n)) for i, n in enumerate(sizes)
+        ]
         made[source] = write_split(tmp_path_factory.mktemp(source), stored, vocab_size=2**15)
     return made
 
@@ -219,7 +221,7 @@ def test_finite_batches_end_and_can_be_sought_again(splits):
 
 
 def test_masked_tokens_carry_no_loss_as_targets(tmp_path):
-    stored = [StoredDocument([1, 10, 11, 12, 2], 5, loss_mask=[0, 0, 0, 1, 1])]
+    stored = [StoredDocument([1, 10, 11, 12, 2], 5, loss_mask=[False] * 3 + [True] * 2)]
     split = write_split(tmp_path, stored, vocab_size=64, masked=True)
     (batch,) = make_evaluation_batches(split, 6, 1)
     assert batch["tokens"].tolist() == [[1, 10, 11, 12, 0, 0]]
