@@ -84,7 +84,11 @@ def save_huggingface(
         _write_json(
             aside / "generation_config.json", {"do_sample": False} | _special_tokens(tokenizer)
         )
-        aside.chmod(0o777 & ~_umask())  # mkdtemp's directories are for their owner alone
+        # mkdtemp's directories and safetensors' files are for their owner alone
+        mask = _umask()
+        for path in aside.iterdir():
+            path.chmod(0o666 & ~mask)
+        aside.chmod(0o777 & ~mask)
         os.rename(aside, directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -15,7 +15,10 @@ from llm.interop.huggingface import load_huggingface, save_huggingface
 from llm.interop.weights import load_weights
 from llm.models.config import TransformerConfig
 from llm.models.presets import PRESETS
-from llm.models.transformer import Transformer, param_shapes
+from llm.models.transformer import Transformer, logical_axes, param_shapes
+from llm.parallel.config import MeshConfig
+from llm.parallel.mesh import make_mesh
+from llm.parallel.rules import make_shardings
 
 CONFIG = TransformerConfig(
     vocab_size=97,
@@ -179,12 +182,22 @@ def test_bfloat16_export_rounds_each_weight_once(tmp_path):
     assert not loaded["head"]["kernel"][:, 97:].any()
 
 
-def test_device_arrays_are_exported_like_host_arrays(exported, tmp_path):
-    save_huggingface(
-        tmp_path / "model", CONFIG, jax.tree.map(jax.numpy.asarray, random_params(CONFIG))
-    )
+def test_sharded_device_arrays_are_exported_like_host_arrays(exported, tmp_path):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    params, axes = random_params(CONFIG), logical_axes(Transformer(CONFIG))
+    params = jax.device_put(params, make_shardings(mesh, axes, params))
+    assert len(params["head"]["kernel"].sharding.device_set) == 8
+    save_huggingface(tmp_path / "model", CONFIG, params)
     ours, theirs = load_huggingface(tmp_path / "model"), load_huggingface(exported)
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+
+
+def test_files_have_the_permissions_of_any_other_file(exported, tmp_path):
+    (tmp_path / "other").write_text("")
+    (tmp_path / "folder").mkdir()
+    mode = lambda path: path.stat().st_mode  # noqa: E731
+    assert {mode(path) for path in exported.iterdir()} == {mode(tmp_path / "other")}
+    assert mode(exported) == mode(tmp_path / "folder")
 
 
 def test_no_shard_exceeds_its_limit(exported):
