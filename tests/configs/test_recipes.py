@@ -29,7 +29,7 @@ def test_recipe_loads_as_its_docstring_says(recipe):
     docstring = RECIPES[recipe]
     assert "python -m experiments." in docstring, "the docstring gives no command that runs it"
     # An experiment whose default it is needs no --config.
-    named = re.search(rf"--config=(configs/{recipe}\S*)", docstring)
+    named = re.search(rf"--config=(configs/{recipe}(?::[\w.-]+)?)", docstring)
     errors = []
     for stage in STAGES:
         try:
