@@ -1,4 +1,4 @@
-"""A training step against `transformers` GPT-2 on torch: same weights, same batches, float32, AdamW.
+"""A training step against `transformers` GPT-2 on torch: same weights, batches and AdamW.
 
     python -m benchmarks.train_step [--rounds=3] [--steps=10]
 
@@ -21,7 +21,9 @@ from absl import app, flags
 
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Fresh processes of each.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps of each process.")
-_CHILD = flags.DEFINE_enum("child", None, ["ours", "torch"], "Internal: what this process measures.")
+_CHILD = flags.DEFINE_enum(
+    "child", None, ["ours", "torch"], "Internal: what this process measures."
+)
 _FOLDER = flags.DEFINE_string("folder", None, "Internal: weights and batches.")
 
 B, T, VOCAB, LOSSES = 8, 256, 8192, 5
@@ -161,7 +163,9 @@ def write_weights(folder: Path) -> None:
     from llm.models.transformer import Transformer, init_params
 
     config = model_config()
-    save_huggingface(folder, config, jax.device_get(init_params(Transformer(config), jax.random.key(0))))
+    save_huggingface(
+        folder, config, jax.device_get(init_params(Transformer(config), jax.random.key(0)))
+    )
 
 
 def main(_) -> None:

@@ -1,4 +1,4 @@
-"""Our own models by one dial: `--config=configs/depth.py:12` is 12 layers, 768 wide, 135M parameters.
+"""Our own models by one dial: `--config=configs/depth.py:12` is 12 layers, 768 wide.
 
     python -m experiments.pretrain --config=configs/depth.py:12 --workdir=runs/d12
 

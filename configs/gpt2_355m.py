@@ -1,6 +1,6 @@
 """GPT-2 355M on 10B tokens of FineWeb-Edu; otherwise as configs/gpt2_124m.py.
 
-    python -m experiments.pretrain --config=configs/gpt2_355m.py --workdir=gs://BUCKET/gpt2_355m
+python -m experiments.pretrain --config=configs/gpt2_355m.py --workdir=gs://BUCKET/gpt2_355m
 """
 
 from configs import gpt2_124m

@@ -1,6 +1,6 @@
-"""The recipe that newcomers and tests run: film reviews, a byte-pair vocabulary of 1,024, 0.5M parameters.
+"""The recipe that newcomers and tests run: film reviews, 0.7M parameters, under a minute.
 
-    python -m experiments.pretrain --config=configs/pretrain_tiny.py --workdir=runs/tiny
+python -m experiments.pretrain --config=configs/pretrain_tiny.py --workdir=runs/tiny
 """
 
 from configs.dataclass_config import to_config_dict

@@ -1,4 +1,4 @@
-"""What the published recipes share: web text, AdamW with cosine decay, bfloat16, sharded parameters."""
+"""What the published recipes share: web text, AdamW with cosine decay, bfloat16."""
 
 from ml_collections import ConfigDict
 
@@ -12,7 +12,7 @@ from llm.models.presets import PRESETS
 def published(
     preset: str, *, total_tokens: int, batch_sequences: int, learning_rate: float, dataset: str
 ) -> ConfigDict:
-    """Return a recipe for a published shape; `dataset` is a Hugging Face name, "owner/name:config"."""
+    """Return the recipe of a published shape on a Hugging Face data set, "owner/name:config"."""
     model = PRESETS[preset]
     config = to_config_dict(PretrainConfig(total_tokens=total_tokens))
     config.model = to_config_dict(model)

@@ -1,6 +1,6 @@
 """The main job in 15 minutes on 2 CPU cores: a few million parameters on prose, reviews and code.
 
-    python -m experiments.speedrun --workdir=runs/speedrun
+python -m experiments.speedrun --workdir=runs/speedrun
 """
 
 from configs.dataclass_config import to_config_dict

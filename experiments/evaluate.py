@@ -29,9 +29,15 @@ from llm.parallel.config import MeshConfig
 from llm.parallel.mesh import make_mesh
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run whose model is scored.")
-_MODEL = flags.DEFINE_string("model", None, "Instead: a Hugging Face directory, a GGUF file, or 'smollm2'.")
-_TEXT = flags.DEFINE_multi_string("text", [], "A UTF-8 text file, scored as one document; repeatable.")
-_LENGTH = flags.DEFINE_integer("length_tokens", None, "Window; default: the model's, at most 1,024.", 1)
+_MODEL = flags.DEFINE_string(
+    "model", None, "Instead: a Hugging Face directory, a GGUF file, or 'smollm2'."
+)
+_TEXT = flags.DEFINE_multi_string(
+    "text", [], "A UTF-8 text file, scored as one document; repeatable."
+)
+_LENGTH = flags.DEFINE_integer(
+    "length_tokens", None, "Window; default: the model's, at most 1,024.", 1
+)
 _STRIDE = flags.DEFINE_integer("stride_tokens", None, "The window's step; default: half of it.", 1)
 _BATCH = flags.DEFINE_integer("batch_tokens", 8192, "Tokens scored at a time.", 1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
@@ -48,7 +54,9 @@ def main() -> None:
     config, params, tokenizer = load_model(source)
     length = _LENGTH.value or min(config.max_length_tokens, 1024)
     if length > config.max_length_tokens and config.positions == "learned":
-        raise ValueError(f"--length_tokens={length}: the model has {config.max_length_tokens} positions")
+        raise ValueError(
+            f"--length_tokens={length}: the model has {config.max_length_tokens} positions"
+        )
     if texts:
         documents = {path: [_document(path, text, tokenizer)] for path, text in texts.items()}
     else:

@@ -1,6 +1,6 @@
 """Show what a workdir holds: config, parameters, steps, tokens seen, digest.
 
-    python -m experiments.inspect --workdir=runs/tiny [--verify] [--json]
+python -m experiments.inspect --workdir=runs/tiny [--verify] [--json]
 """
 
 import math
@@ -56,15 +56,13 @@ def _show(config: PretrainConfig, report: dict) -> None:
     table = Table("parameter", "shape", "axes", "numbers", box=None)
     table.columns[0].no_wrap = True
     for path, shape in _flat(param_shapes(model)).items():
-        table.add_row(
-            path, str(shape.shape), " ".join(axes[path]), f"{math.prod(shape.shape):,}"
-        )
+        table.add_row(path, str(shape.shape), " ".join(axes[path]), f"{math.prod(shape.shape):,}")
     console.print_json(data=entry.plain(config))
     console.print(table)
     console.print(
-        f"{report['parameters']:,} parameters ({report['active_parameters']:,} multiply each token; "
-        f"padding of the vocabulary left out), {report['training_flops_per_token']:.4g} training FLOPs "
-        f"a token"
+        f"{report['parameters']:,} parameters ({report['active_parameters']:,} multiply each "
+        f"token; padding of the vocabulary left out), "
+        f"{report['training_flops_per_token']:.4g} training FLOPs a token"
     )
     console.print(
         f"step {report['step']} of {report['total_steps']}, {report['tokens_seen']:,} tokens seen, "
@@ -73,7 +71,9 @@ def _show(config: PretrainConfig, report: dict) -> None:
     console.print(f"digest of the parameters: {report['params_digest']}")
     for step in report.get("verified", []):
         verdict = "; ".join(step.problems) or "every byte and array as saved"
-        console.print(f"step {step.step}: {step.num_files} files, {step.num_arrays} arrays: {verdict}")
+        console.print(
+            f"step {step.step}: {step.num_files} files, {step.num_arrays} arrays: {verdict}"
+        )
 
 
 def _flat(tree, prefix: str = "") -> dict:

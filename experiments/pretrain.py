@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 from absl import flags
+from etils import epath
 
 from configs.schema import PretrainConfig
 from experiments import entry
@@ -26,6 +27,7 @@ from llm.scaling.hardware import peak_flops
 from llm.training.loss import make_causal_lm_loss
 from llm.training.optimizers import make_optimizer
 from llm.training.run import Run
+from llm.training.run_config import check_config
 from llm.training.schedules import make_schedule
 from llm.training.state import TrainState, init_state, state_shardings
 from llm.training.step import make_train_step
@@ -35,15 +37,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.", requir
 
 def pretrain(config: PretrainConfig, workdir: str) -> None:
     """Train, or go on training, the model of the config in the workdir."""
-    run = Run(
-        workdir,
-        dataclasses.asdict(config),
-        config.run,
-        total_steps=config.num_steps,
-        tokens_per_step=config.tokens_per_step,
-        flops_per_token=training_flops_per_token(config.model, config.data.length_tokens),
-        peak_flops=peak_flops(jax.devices()),
-    )
+    fields = dataclasses.asdict(config)
+    check_config(workdir, fields, allow_change=config.run.allow_config_change)  # before JAX starts
 
     # Mesh
     start_distributed()
@@ -63,14 +58,12 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
         tokenizer,
         host_index=jax.process_index(),
         host_count=jax.process_count(),
-        state_dir=run.workdir / "data",
+        state_dir=epath.Path(workdir) / "data",
     )
 
     # Model
     model = Transformer(config.model, config.compute)
-    loss_fn = make_causal_lm_loss(
-        model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens
-    )
+    loss_fn = make_causal_lm_loss(model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens)
     optimizer = make_optimizer(config.optimizer, logical_axes(model))
     schedule = make_schedule(
         config.schedule, total_steps=config.num_steps, tokens_per_step=config.tokens_per_step
@@ -90,6 +83,16 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
     )
     evaluate = make_evaluation(config, model, mesh, tokenizer, prepared.validation)
 
+    # Run
+    run = Run(
+        workdir,
+        fields,
+        config.run,
+        total_steps=config.num_steps,
+        tokens_per_step=config.tokens_per_step,
+        flops_per_token=training_flops_per_token(config.model, config.data.length_tokens),
+        peak_flops=peak_flops(jax.devices()),
+    )
     with jax.set_mesh(mesh), run:
         tokenizer.save(run.workdir / "tokenizer")
         state = init_state(model, optimizer, mesh, config.seed, ema=ema)
@@ -110,7 +113,7 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
 
 
 def make_evaluation(config: PretrainConfig, model: Transformer, mesh, tokenizer, splits):
-    """Return (run, state) → None: held-out loss in bits per byte, and samples, to the run's logs."""
+    """Return (run, state) → None: held-out bits per byte, and samples, to the run's logs."""
     score_step = make_score_step(model, mesh, tile_tokens=config.loss_tile_tokens)
     sampling = SamplingConfig(max_new_tokens=config.evaluation.sample_tokens, temperature=0.0)
     generator = Generator(model, tokenizer, sampling) if config.evaluation.prompts else None
@@ -129,9 +132,10 @@ def make_evaluation(config: PretrainConfig, model: Transformer, mesh, tokenizer,
         scores = [f"{k[5:]} {v:.4f}" for k, v in metrics.items() if k.endswith("bits_per_byte")]
         run.say(f"step {run.step}: {', '.join(scores)}")
         if generator is not None:
-            texts = generator(params, config.evaluation.prompts)
-            run.write_texts({f"samples/{p}": p + t for p, t in zip(config.evaluation.prompts, texts, strict=True)})
-            for prompt, text in zip(config.evaluation.prompts, texts, strict=True):
+            prompts = config.evaluation.prompts
+            texts = dict(zip(prompts, generator(params, prompts), strict=True))
+            run.write_texts({f"samples/{prompt}": prompt + texts[prompt] for prompt in prompts})
+            for prompt, text in texts.items():
                 run.say(f"  {prompt}|{text}")
 
     return evaluate

@@ -46,7 +46,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the job is kept.", requir
 def main(config: SpeedrunConfig) -> None:
     workdir = epath.Path(_WORKDIR.value)
     fields = dataclasses.asdict(config)
-    record_changes = check_config(workdir, fields, allow_change=config.pretrain.run.allow_config_change)
+    record_changes = check_config(
+        workdir, fields, allow_change=config.pretrain.run.allow_config_change
+    )
     workdir.mkdir(parents=True, exist_ok=True)
     record_config(workdir, fields, record_changes)
     stages, recipe = Stages(workdir), config.pretrain
@@ -159,9 +161,7 @@ def sample(config: SpeedrunConfig, workdir: epath.Path) -> list[dict[str, str]]:
 
 def texts_of(split, tokenizer: Tokenizer) -> list[str]:
     """Return the documents of a split as text: byte-level tokens give every byte back."""
-    return [
-        tokenizer.decode(split.tokens(i)[1:-1].tolist()) for i in range(split.num_documents)
-    ]
+    return [tokenizer.decode(split.tokens(i)[1:-1].tolist()) for i in range(split.num_documents)]
 
 
 def default_recipe() -> str:

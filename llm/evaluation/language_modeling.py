@@ -90,7 +90,9 @@ def score_splits(
     score_step: ScoreStep, params: dict, splits: Mapping[str, PreparedSplit], **kwargs
 ) -> dict[str, float]:
     """Return metrics `eval/…` for each source and, where there are several, for all together."""
-    scores = {name: score_split(score_step, params, split, **kwargs) for name, split in splits.items()}
+    scores = {
+        name: score_split(score_step, params, split, **kwargs) for name, split in splits.items()
+    }
     if len(scores) > 1:
         scores["all"] = sum(scores.values(), TextScore(0.0, 0.0, 0.0))
     metrics = {}

@@ -77,7 +77,7 @@ def _attend_slice(q, k, v, pattern, softcap, queries: slice, keys: slice):
     """Attend from the queries [B K G t H] of one slice to the keys and values of another."""
     k, v = k[:, :, keys], v[:, :, keys]
     b, num_kv, groups, t, h = q.shape
-    # one batched product of (G·t, H) by (H, S) a key-value head: the form that CPU libraries run best
+    # one product of (G·t, H) by (H, S) a key-value head: the form that CPU libraries run best
     flat = q.reshape(b, num_kv, groups * t, h)
     logits = jnp.einsum("BKXH,BKSH->BKXS", flat, k).reshape(b, num_kv, groups, t, -1)
     weights = _weights(logits, pattern, softcap, queries, keys).astype(v.dtype)
@@ -105,7 +105,7 @@ def _attend_dense(q, k, v, pattern, softcap):
 
 
 def _attend_blocked(q, k, v, pattern, softcap):
-    """Dense attention a block of queries at a time, leaving out keys that no query of it can see."""
+    """Dense attention, a block of queries at a time, without the keys that none of it can see."""
     t, s = q.shape[1], k.shape[2]
     if t != s or not isinstance(pattern.query_start, int):
         return _attend_dense(q, k, v, pattern, softcap)
@@ -121,7 +121,9 @@ def _attend_blocked(q, k, v, pattern, softcap):
         if pattern.kind == "prefix" and pattern.window is None:
             first, last = 0, s
         blocks.append(
-            _attend_slice(grouped[:, :, :, queries], k, v, pattern, softcap, queries, slice(first, last))
+            _attend_slice(
+                grouped[:, :, :, queries], k, v, pattern, softcap, queries, slice(first, last)
+            )
         )
     return _join_heads(jnp.concatenate(blocks, axis=3))
 
@@ -129,7 +131,9 @@ def _attend_blocked(q, k, v, pattern, softcap):
 def _attend_cudnn(q, k, v, pattern, softcap):
     """cuDNN's fused attention; packed segments and prefixes go in as an explicit mask."""
     if softcap is not None or pattern.slopes is not None:
-        raise ValueError("attention_kernel='cudnn' has no soft-cap and no ALiBi; use 'xla' or 'auto'")
+        raise ValueError(
+            "attention_kernel='cudnn' has no soft-cap and no ALiBi; use 'xla' or 'auto'"
+        )
     everything = slice(0, q.shape[1]), slice(0, k.shape[2])
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     plain = pattern.kind == "causal" and pattern.window is None and pattern.query_segments is None

@@ -47,7 +47,7 @@ class TransformerConfig:
     tied_head: bool = False
     head_softcap: float | None = None
     vocab_multiple: int = 128
-    # "gpt2": std 0.02, residual outputs / sqrt(2L). "fan_in": std 1/sqrt(fan in), residual outputs 0.
+    # "gpt2": std 0.02, residual outputs / sqrt(2L). "fan_in": 1/sqrt(fan in), residual outputs 0.
     initializer: Literal["gpt2", "fan_in"] = "gpt2"
 
     @property
@@ -72,21 +72,28 @@ class TransformerConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
-            _require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)}: must be positive")
+            _require(
+                getattr(self, name) > 0, f"model.{name}={getattr(self, name)}: must be positive"
+            )
         for name in ("mlp_width", "max_length_tokens", "vocab_multiple"):
-            _require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)}: must be positive")
+            _require(
+                getattr(self, name) > 0, f"model.{name}={getattr(self, name)}: must be positive"
+            )
         _require(
             self.num_heads % self.num_kv_heads == 0,
-            f"model.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
+            f"model.num_heads={self.num_heads} is not a multiple of "
+            f"num_kv_heads={self.num_kv_heads}",
         )
         for kind in self.prefix_layers + self.cycle_layers:
-            _require(kind in ("global", "local"), f"layer kind {kind!r}: must be 'global' or 'local'")
+            _require(
+                kind in ("global", "local"), f"layer kind {kind!r}: must be 'global' or 'local'"
+            )
         _require(bool(self.cycle_layers), "model.cycle_layers is empty: give at least ('global',)")
         cycled = self.num_layers - len(self.prefix_layers)
         _require(
             cycled >= 0 and cycled % len(self.cycle_layers) == 0,
-            f"model.num_layers={self.num_layers} is not {len(self.prefix_layers)} prefix layers plus "
-            f"whole cycles of {len(self.cycle_layers)}",
+            f"model.num_layers={self.num_layers} is not {len(self.prefix_layers)} prefix layers "
+            f"plus whole cycles of {len(self.cycle_layers)}",
         )
         _require(
             "local" not in self.layer_kinds or (self.sliding_window_tokens or 0) > 0,
@@ -97,7 +104,8 @@ class TransformerConfig:
             f"model.head_dim={self.head_dim}: rotary positions need an even head width",
         )
         _require(
-            0.0 <= self.dropout_rate < 1.0, f"model.dropout_rate={self.dropout_rate}: must be in [0, 1)"
+            0.0 <= self.dropout_rate < 1.0,
+            f"model.dropout_rate={self.dropout_rate}: must be in [0, 1)",
         )
 
 

@@ -31,7 +31,7 @@ class LayerInputs:
 
 @flax.struct.dataclass
 class LayerCache:
-    """One layer's keys and values; layers at one place of the cycle are stacked on a further axis 0."""
+    """One layer's keys and values; layers at one place of the cycle are stacked on axis 0."""
 
     key: Float[Array, "*L B K S H"]
     value: Float[Array, "*L B K S H"]
@@ -64,12 +64,18 @@ class Attention(nn.Module):
             return Projection(spec, shape, axes, init, bias, dtype, name=name)
 
         bias = c.attention_bias != "none"
-        query = project("query", "BTD,DNH->BTNH", (d, n, h), ("embed", "heads", "head_dim"), bias)(x)
+        query = project("query", "BTD,DNH->BTNH", (d, n, h), ("embed", "heads", "head_dim"), bias)(
+            x
+        )
         kv_axes = ("embed", "kv_heads", "head_dim")
         key = project("key", "BTD,DKH->BTKH", (d, k, h), kv_axes, bias)(x)
         value = project("value", "BTD,DKH->BTKH", (d, k, h), kv_axes, bias)(x)
         query = constrain(
-            query, "activation_batch", "activation_length", "activation_heads", "activation_head_dim"
+            query,
+            "activation_batch",
+            "activation_length",
+            "activation_heads",
+            "activation_head_dim",
         )
         if c.qk_norm:
             query = Norm("rmsnorm", c.norm_epsilon, dtype, name="query_norm")(query)
@@ -97,7 +103,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two matrices around a non-linearity, or three with a gate (Shazeer 2020, arXiv:2002.05202)."""
+    """Two matrices around a non-linearity, or three with a gate (Shazeer 2020, 2002.05202)."""
 
     config: TransformerConfig
     compute: ComputeConfig
@@ -120,7 +126,9 @@ class FeedForward(nn.Module):
             case "relu_squared":
                 hidden = jnp.square(jax.nn.relu(up))
             case "swiglu":
-                hidden = jax.nn.silu(project("gate", "BTD,DF->BTF", (d, f), ("embed", "mlp"))(x)) * up
+                hidden = (
+                    jax.nn.silu(project("gate", "BTD,DF->BTF", (d, f), ("embed", "mlp"))(x)) * up
+                )
             case "geglu":
                 gate = project("gate", "BTD,DF->BTF", (d, f), ("embed", "mlp"))(x)
                 hidden = jax.nn.gelu(gate, approximate=True) * up

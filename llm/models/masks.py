@@ -1,4 +1,4 @@
-"""Who may attend to whom. Models floor: one description of a mask, read by every attention kernel."""
+"""Who may attend to whom: one description, read by every attention kernel. Models floor."""
 
 from typing import Literal
 
@@ -46,7 +46,7 @@ class AttentionPattern:
         return mask
 
     def bias(self, queries: slice, keys: slice) -> Float[Array, "N T S"] | None:
-        """Return what is added to the logits of each head: −slope · distance for ALiBi, else None."""
+        """Return what each head adds to its logits: −slope · distance for ALiBi, else None."""
         if self.slopes is None:
             return None
         return -self.slopes[:, None, None] * jnp.abs(self.distance(queries, keys))[None]

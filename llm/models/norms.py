@@ -20,7 +20,10 @@ class Norm(nn.Module):
         x = x.astype(compute)  # a bf16 variance loses the small differences that it sums
         width = (x.shape[-1],)
         scale = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",)), width, compute
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",)),
+            width,
+            compute,
         )
         if self.kind == "rmsnorm":
             x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
@@ -28,6 +31,9 @@ class Norm(nn.Module):
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
         bias = self.param(
-            "bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",)), width, compute
+            "bias",
+            nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",)),
+            width,
+            compute,
         )
         return (x * scale + bias).astype(self.dtype)

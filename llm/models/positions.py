@@ -1,4 +1,4 @@
-"""Where a token stands: sinusoidal tables, rotary angles with scaling, ALiBi slopes. Models floor."""
+"""Where a token stands: sinusoids, rotary angles with scaling, ALiBi slopes. Models floor."""
 
 import math
 
@@ -61,8 +61,8 @@ def apply_rotary(
 def alibi_slopes(num_heads: int) -> np.ndarray:
     """Return each head's slope: what it subtracts from a logit for every token of distance.
 
-    Source: Press et al. 2021, arXiv:2108.12409, section 3. Head counts that are no power of two take
-    the slopes of the next lower power and every other one of the next higher, as in its code.
+    Source: Press et al. 2021, arXiv:2108.12409, section 3. Head counts that are no power of two
+    take the slopes of the next lower power and every other one of the next higher, as in its code.
     """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]

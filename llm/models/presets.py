@@ -51,8 +51,9 @@ PRESETS: dict[str, TransformerConfig] = {
     "gpt2-355m": _gpt2(1024, 24, 16),
     "gpt2-774m": _gpt2(1280, 36, 20),
     "gpt2-1.5b": _gpt2(1600, 48, 25),
-    # Brown et al. 2020, arXiv:2005.14165, table 2.1. The table contradicts itself twice. XL: 24 heads
-    # of 128 are not 2,048 wide; taken as 16 × 128. 13B: 5,140 is not 40 heads of 128; taken as 5,120.
+    # Brown et al. 2020, arXiv:2005.14165, table 2.1. The table contradicts itself twice. XL: 24
+    # heads of 128 are not 2,048 wide; taken as 16 × 128. 13B: 5,140 is not 40 heads of 128; taken
+    # as 5,120.
     # The paper's alternating sparse layers are dense here: the parameters are the same.
     "gpt3-125m": _gpt3(768, 12, 12),
     "gpt3-350m": _gpt3(1024, 24, 16),

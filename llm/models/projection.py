@@ -1,4 +1,4 @@
-"""The one place for weight products. Models floor: every kernel meets its input here and nowhere else."""
+"""The one place for weight products: every kernel meets its input here. Models floor."""
 
 import functools
 import math
@@ -75,7 +75,7 @@ class Projection(nn.Module):
 def _in_kernel_order(spec: str) -> str:
     """Rename an einsum's letters so that the kernel's run a, b, c, ….
 
-    Einsum contracts in alphabetical order: "BTNH,NHD->BTD" would transpose kernel and input to H, N.
+    Einsum contracts in alphabetical order: "BTNH,NHD->BTD" would transpose both inputs to H, N.
     """
     kernel = spec.split("->")[0].split(",")[1]
     letters = filter(str.isalpha, dict.fromkeys(kernel + spec))

@@ -47,9 +47,7 @@ def attend_splash(
         segments = splash.SegmentIds(pattern.query_segments, pattern.key_segments)
 
     def local(q, k, v, segments):
-        kernel = _make_kernel(
-            length, q.shape[1], pattern.kind, pattern.window, softcap, interpret
-        )
+        kernel = _make_kernel(length, q.shape[1], pattern.kind, pattern.window, softcap, interpret)
         return jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0))(
             q, k, v, segments
         )
@@ -76,7 +74,11 @@ def _make_kernel(length, heads, kind, window, softcap, interpret):
     if kind == "causal":
         mask = splash.LocalMask(shape, (window - 1, 0), 0) if window else splash.CausalMask(shape)
     else:
-        mask = splash.LocalMask(shape, (window - 1, window - 1), 0) if window else splash.FullMask(shape)
+        mask = (
+            splash.LocalMask(shape, (window - 1, window - 1), 0)
+            if window
+            else splash.FullMask(shape)
+        )
     block = next(b for b in (_BLOCK, 256, _LANES) if length % b == 0)
     blocks = splash.BlockSizes(
         block_q=block,

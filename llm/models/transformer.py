@@ -48,7 +48,7 @@ class Cycle(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A functional transformer described by one config; see TransformerConfig for what it can be."""
+    """A functional transformer described by one config: see TransformerConfig for its kinds."""
 
     config: TransformerConfig
     compute: ComputeConfig = ComputeConfig()
@@ -122,7 +122,9 @@ class Transformer(nn.Module):
                     # a cache whose length is a plain 0 is known to be empty: look at nothing else
                     key_segments=segment_ids if isinstance(start, int) else segments,
                     prefix=prefix,
-                    slopes=jnp.asarray(alibi_slopes(c.num_heads)) if c.positions == "alibi" else None,
+                    slopes=jnp.asarray(alibi_slopes(c.num_heads))
+                    if c.positions == "alibi"
+                    else None,
                 )
                 for kind in sorted(set(c.layer_kinds))
             },

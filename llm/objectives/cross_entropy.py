@@ -23,7 +23,7 @@ def tiled_cross_entropy(
 ) -> tuple[Float[Array, ""], Sums]:
     """Return Σ weights · (−log p(target) + z_loss · log² Z), and the sums it is made of.
 
-    `unembed(head, hidden)` gives float32 logits; they exist for about `tile_tokens` tokens at a time.
+    `unembed(head, hidden)` gives float32 logits; they exist for about `tile_tokens` at a time.
     The gradient is taken in the same pass over the tiles, so that no logits are kept or recomputed.
     The sums (`loss`, `z_loss`, `correct`, all weighted, in nats or tokens) and the weights carry no
     gradient.
@@ -58,7 +58,7 @@ def _tile_sums(logits, targets, weights, z_loss: float) -> tuple[Sums, Array]:
 
 
 def _over_tiles(fn, tile_tokens: int, arrays):
-    """Map fn(*tile) → (summed, stacked) over tiles of arrays [B T ...]; sum the one, join the other."""
+    """Map fn(*tile) → (summed, stacked) over tiles of [B T ...]; sum the one, join the other."""
     tiles = _num_tiles(*arrays[0].shape[:2], tile_tokens)
     cut = tuple(_cut(x, tiles) for x in arrays)
 

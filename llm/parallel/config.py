@@ -1,4 +1,4 @@
-"""Mesh sizes as a typed config. Ground floor: declared here so that configs import it without JAX."""
+"""Mesh sizes as a typed config, importable without JAX. Ground floor."""
 
 import dataclasses
 import math

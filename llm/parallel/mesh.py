@@ -35,6 +35,8 @@ def start_distributed(coordinator_address: str | None = None, **kwargs) -> None:
         return
     from jax._src.clusters import ClusterEnv  # no public query for "is there a cluster?" (0.12)
 
-    found = any(env.is_env_present() for env in ClusterEnv._cluster_types if not env.opt_in_only_method)
+    found = any(
+        env.is_env_present() for env in ClusterEnv._cluster_types if not env.opt_in_only_method
+    )
     if coordinator_address is not None or found:
         jax.distributed.initialize(coordinator_address, **kwargs)

@@ -1,4 +1,4 @@
-"""Sharding is a table: logical axis name → mesh axes. Ground floor: parameters and activations alike."""
+"""Sharding is a table: logical axis name → mesh axes. Ground floor."""
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec

@@ -37,7 +37,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """How the learning rate moves: a linear warm-up, then a shape. Lengths in steps or in tokens."""
+    """How the learning rate moves: a linear warm-up, then a shape. Lengths: steps or tokens."""
 
     name: Literal["constant", "cosine", "linear", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
     warmup_steps: int | None = None

@@ -21,7 +21,12 @@ def make_optimizer(config: OptimizerConfig, axes: dict) -> optax.GradientTransfo
     match config.name:
         case "adamw":
             return optax.adamw(
-                1.0, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=decay
+                1.0,
+                config.beta1,
+                config.beta2,
+                config.epsilon,
+                weight_decay=config.weight_decay,
+                mask=decay,
             )
         case "lion":
             return optax.lion(
@@ -84,7 +89,7 @@ def _is_axes(x) -> bool:
 
 
 def _each_layer_apart(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Run an optimizer whose statistics are taken over whole arrays on each stacked layer by itself."""
+    """Run an optimizer whose statistics span whole arrays on each stacked layer by itself."""
 
     def mapped(fn, name):
         return jax.vmap(fn) if name == _STACKED else fn

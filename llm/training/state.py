@@ -6,8 +6,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, UInt32
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, UInt32
 
 from llm.models.transformer import Transformer, init_params, logical_axes, param_shapes
 from llm.parallel.rules import make_shardings

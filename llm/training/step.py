@@ -1,4 +1,4 @@
-"""The jitted training step, one for every stage: (state, batch) → (state, metrics). Second floor."""
+"""The jitted training step of every stage: (state, batch) → (state, metrics). Second floor."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from llm.training.state import TrainState
 
 Batch = dict[str, Array]
 Sums = dict[str, Float[Array, ""]]
-# (params, batch, key) → the objective summed over the batch, and sums to report, "tokens" among them
+# (params, batch, key) → the objective summed over the batch; sums to report, with "tokens"
 LossFn = Callable[[dict, Batch, Array], tuple[Float[Array, ""], Sums]]
 
 
@@ -43,7 +43,9 @@ def make_train_step(
         grads, objective, sums = _accumulate(loss_fn, state.params, arrays, key, accumulate_steps)
         tokens = jnp.maximum(sums["tokens"], 1.0)  # a batch of padding must not divide by zero
         norm = optax.global_norm(grads) / tokens
-        scale = 1.0 if config.clip_norm is None else jnp.minimum(1.0, config.clip_norm / (norm + 1e-6))
+        scale = (
+            1.0 if config.clip_norm is None else jnp.minimum(1.0, config.clip_norm / (norm + 1e-6))
+        )
         grads = jax.tree.map(lambda g: g * (scale / tokens), grads)
         learning_rate = config.learning_rate * schedule(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -74,7 +76,9 @@ def make_train_step(
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """Return the global batch of which each host gives its slice of sequences."""
     return {
-        name: jax.make_array_from_process_local_data(batch_sharding(mesh, np.ndim(x)), np.asarray(x))
+        name: jax.make_array_from_process_local_data(
+            batch_sharding(mesh, np.ndim(x)), np.asarray(x)
+        )
         for name, x in batch.items()
     }
 

@@ -127,4 +127,10 @@ def test_kernels_against_naive(kernel, case, monkeypatch):
 def test_unknown_kernel_is_named():
     q = jnp.zeros((1, 4, 1, 2))
     with pytest.raises(ValueError, match="'flash'.*blocked"):
-        attend(q, q.transpose(0, 2, 1, 3), q.transpose(0, 2, 1, 3), AttentionPattern("causal"), kernel="flash")
+        attend(
+            q,
+            q.transpose(0, 2, 1, 3),
+            q.transpose(0, 2, 1, 3),
+            AttentionPattern("causal"),
+            kernel="flash",
+        )

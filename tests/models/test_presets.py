@@ -52,7 +52,7 @@ def test_padding_is_allocated_but_not_counted():
 
 
 def test_flops_of_gpt3_by_hand():
-    """Brown et al. 2020, table D.1: 6 FLOPs a parameter and token; attention on top (PaLM's form)."""
+    """Brown et al. 2020, table D.1: 6 FLOPs a parameter and token; attention on top."""
     config = PRESETS["gpt3-175b"]
     attention = 12 * 96 * 96 * 128 * 2048 / 2
     without = training_flops_per_token(config, 2048) - attention
@@ -64,8 +64,13 @@ def test_flops_of_gpt3_by_hand():
 
 def test_depth_dial():
     config = from_depth(12, vocab_size=50257, max_length_tokens=1024)
-    assert (config.width, config.num_layers, config.num_heads, config.mlp_width) == (768, 12, 12, 3072)
-    # attention 4·D², feed-forward 8·D² a layer; two tables; norms: 2 of D and 2 of H a layer, one last
+    assert (config.width, config.num_layers, config.num_heads, config.mlp_width) == (
+        768,
+        12,
+        12,
+        3072,
+    )
+    # attention 4·D², feed-forward 8·D² a layer; norms: 2 of D, 2 of H a layer, one last; tables
     assert num_params(config) == 12 * (12 * 768**2 + 2 * 768 + 2 * 64) + 768 + 2 * 50257 * 768
     with pytest.raises(ValueError, match="multiple of 2"):
         from_depth(3, vocab_size=10, max_length_tokens=8, head_dim=128)

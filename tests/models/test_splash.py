@@ -46,7 +46,9 @@ def test_splash_runs_shard_by_shard():
     q, k, v, segments = inputs(batch=2, heads=4, kv=2)
     pattern = AttentionPattern("causal", query_segments=segments, key_segments=segments)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])):
-        ours = jax.jit(lambda q, k, v: attend_splash(q, k, v, pattern, None, interpret=True))(q, k, v)
+        ours = jax.jit(lambda q, k, v: attend_splash(q, k, v, pattern, None, interpret=True))(
+            q, k, v
+        )
     np.testing.assert_allclose(ours, attend(q, k, v, pattern, kernel="xla"), atol=2e-5)
 
 

@@ -37,7 +37,11 @@ VARIANTS = {
         cycle_layers=("local", "global"), sliding_window_tokens=5, attention_softcap=2.0
     ),
     "prefix layers": dict(
-        num_layers=3, prefix_layers=("global",), cycle_layers=("local",), sliding_window_tokens=4, head_softcap=3.0
+        num_layers=3,
+        prefix_layers=("global",),
+        cycle_layers=("local",),
+        sliding_window_tokens=4,
+        head_softcap=3.0,
     ),
     "scaled rope": dict(rope_scaling="llama3", rope_factor=4.0, rope_original_length_tokens=16),
 }
@@ -73,9 +77,7 @@ def test_cached_decoding_equals_the_full_forward(model):
         logits, cache = apply(piece, cache)
         parts.append(logits)
     real = slice(0, BASE.vocab_size)
-    np.testing.assert_allclose(
-        np.concatenate(parts, axis=1)[..., real], full[..., real], atol=1e-5
-    )
+    np.testing.assert_allclose(np.concatenate(parts, axis=1)[..., real], full[..., real], atol=1e-5)
 
 
 def test_packed_documents_equal_separate_ones(model):

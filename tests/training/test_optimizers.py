@@ -109,7 +109,9 @@ def test_adamw_is_optax_with_the_mask():
     grads = random_like(params, 1)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     jax.tree.map(
-        lambda u, g: np.testing.assert_allclose(u, -g / (jnp.abs(g) + 1e-8), rtol=1e-4), updates, grads
+        lambda u, g: np.testing.assert_allclose(u, -g / (jnp.abs(g) + 1e-8), rtol=1e-4),
+        updates,
+        grads,
     )
 
 
@@ -124,7 +126,8 @@ def test_schedules_by_hand():
     assert fractions("constant", 4, warmup_steps=2) == [0.5, 1.0, 1.0, 1.0]
     assert fractions("linear", 6, warmup_steps=2, final_fraction=0.2) == [0.5, 1, 1, 0.8, 0.6, 0.4]
     assert fractions("cosine", 4, final_fraction=0.0) == [1.0, 0.8536, 0.5, 0.1464]
-    assert fractions("warmup_stable_decay", 8, warmup_steps=2, decay_steps=4, final_fraction=0.0) == [
+    stable = fractions("warmup_stable_decay", 8, warmup_steps=2, decay_steps=4, final_fraction=0.0)
+    assert stable == [
         0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25,
     ]  # fmt: skip
     assert fractions("inverse_sqrt", 9, warmup_steps=3)[3:] == [

@@ -1,4 +1,4 @@
-"""The train step: meshes agree, accumulation is invariant, bad steps leave no trace, resume is exact."""
+"""The train step: meshes agree, accumulation is invariant, bad steps leave no trace."""
 
 import dataclasses
 import functools
@@ -31,6 +31,7 @@ MODEL = TransformerConfig(
     tied_head=True,
 )
 B, T = 8, 16
+ONE_DEVICE, ADAMW = MeshConfig(data=1), OptimizerConfig()
 
 
 def make_batch(step=0):
@@ -49,7 +50,7 @@ def make_batch(step=0):
 
 
 @functools.cache
-def trainer(mesh_config=MeshConfig(data=1), optimizer_config=OptimizerConfig(), **kwargs):
+def trainer(mesh_config=ONE_DEVICE, optimizer_config=ADAMW, **kwargs):
     sizes = [getattr(mesh_config, f.name) for f in dataclasses.fields(mesh_config)]
     mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(sizes))])
     model = Transformer(MODEL, ComputeConfig())
