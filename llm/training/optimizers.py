@@ -45,18 +45,34 @@ def make_optimizer(config: OptimizerConfig, axes: dict) -> optax.GradientTransfo
                 )
             )
         case "muon":
-            return muon(
-                1.0,
-                beta=config.beta1,
-                eps=config.epsilon,
-                weight_decay=config.weight_decay,
-                weight_decay_mask=decay,
-                adam_b1=config.adam_beta1,
-                adam_b2=config.beta2,
-                adam_weight_decay=config.weight_decay,
-                adam_learning_rate=config.adam_learning_rate / config.learning_rate,
-                muon_weight_dimension_numbers=muon_dimensions(axes),
-            )
+            return _muon(config, axes, decay)
+
+
+def _muon(config: OptimizerConfig, axes: dict, decay: dict) -> optax.GradientTransformation:
+    """Return Muon for the matrices inside layers and AdamW for the rest.
+
+    Decay comes after both: optax's own would shrink norms and biases too, which have no mask there.
+    """
+    dimensions = muon_dimensions(axes)
+    adam_rate = config.adam_learning_rate / config.learning_rate
+    by_muon = jax.tree.map(
+        lambda numbers: numbers is not None, dimensions, is_leaf=lambda x: not isinstance(x, dict)
+    )
+    decay_muon = jax.tree.map(lambda decays, ours: decays and ours, decay, by_muon)
+    decay_adam = jax.tree.map(lambda decays, ours: decays and not ours, decay, by_muon)
+    return optax.chain(
+        muon(
+            1.0,
+            beta=config.beta1,
+            eps=config.epsilon,
+            adam_b1=config.adam_beta1,
+            adam_b2=config.beta2,
+            adam_learning_rate=adam_rate,
+            muon_weight_dimension_numbers=dimensions,
+        ),
+        optax.add_decayed_weights(-config.weight_decay, decay_muon),
+        optax.add_decayed_weights(-config.weight_decay * adam_rate, decay_adam),
+    )
 
 
 def muon_dimensions(axes: dict) -> dict:

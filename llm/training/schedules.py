@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -42,7 +43,8 @@ def make_schedule(config: ScheduleConfig, *, total_steps: int, tokens_per_step: 
             after = optax.linear_schedule(1.0, final, max(1, decay), total_steps - warmup - decay)
         case "inverse_sqrt":
             scale = max(1, warmup)
-            after = lambda step: (scale / (scale + step)) ** 0.5  # noqa: E731
+            # clipped: join_schedules also evaluates it before its time
+            after = lambda step: jnp.sqrt(scale / (scale + jnp.maximum(step, 0)))  # noqa: E731
     if warmup == 0:
         return after
     rise = optax.linear_schedule(1 / warmup, 1.0, warmup - 1) if warmup > 1 else lambda step: 1.0

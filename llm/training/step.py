@@ -42,7 +42,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         grads, objective, sums = _accumulate(loss_fn, state.params, arrays, key, accumulate_steps)
         tokens = jnp.maximum(sums["tokens"], 1.0)  # a batch of padding must not divide by zero
-        norm = optax.global_norm(grads) / tokens
+        norm = optax.tree.norm(grads) / tokens
         scale = (
             1.0 if config.clip_norm is None else jnp.minimum(1.0, config.clip_norm / (norm + 1e-6))
         )

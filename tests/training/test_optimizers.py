@@ -10,7 +10,7 @@ import pytest
 
 from llm.models.config import TransformerConfig
 from llm.models.transformer import Transformer, init_params, logical_axes
-from llm.models.unstack import unstack
+from llm.models.unstack import unstack, unstacked
 from llm.training.config import OptimizerConfig, ScheduleConfig
 from llm.training.optimizers import make_optimizer, muon_dimensions
 from llm.training.schedules import make_schedule
@@ -42,21 +42,21 @@ def random_like(params, seed):
 def test_update_on_stacked_parameters_equals_the_per_layer_ones(name):
     config = OptimizerConfig(name=name, learning_rate=0.01)
     params = random_like(init_params(MODEL, jax.random.key(0)), 1)
-    flat_model, flat_params = unstack(MODEL, params)
+    flat_params = unstack(MODEL, params)
     optimizer = make_optimizer(config, logical_axes(MODEL))
     state = optimizer.init(params)
     # the per-layer side: no "cycle" subtree, every layer's arrays apart
-    axes = logical_axes(flat_model)
+    axes = logical_axes(unstacked(MODEL))
     per_layer = make_optimizer(config, {name: axes[name] for name in flat_params})
     flat_state = per_layer.init(flat_params)
     for seed in (2, 3):
         grads = random_like(params, seed)
         updates, state = jax.jit(optimizer.update)(grads, state, params)
-        flat_grads = unstack(MODEL, grads)[1]
+        flat_grads = unstack(MODEL, grads)
         flat_updates, flat_state = jax.jit(per_layer.update)(flat_grads, flat_state, flat_params)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
-        unstack(MODEL, updates)[1],
+        unstack(MODEL, updates),
         flat_updates,
     )
 
@@ -147,4 +147,4 @@ def test_schedule_longer_than_the_run_is_refused():
 
 def test_clip_is_not_the_optimizers():
     assert dataclasses.replace(OptimizerConfig(), clip_norm=None).clip_norm is None
-    assert optax.global_norm({"a": jnp.array([3.0, 4.0])}) == 5.0
+    assert optax.tree.norm({"a": jnp.array([3.0, 4.0])}) == 5.0
