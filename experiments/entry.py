@@ -23,6 +23,7 @@ from llm.data.config import cache_root
 # Flags defined through this module belong to the experiment that calls it: --help shows them.
 flags.disclaim_key_flags()
 
+_CPU_FUSIONS = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 # The operating system's own words about a path of the user's.
@@ -134,6 +135,7 @@ def _start(main: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax alone logs a dozen lines a checkpoint
     if "json" in flags.FLAGS and flags.FLAGS.json:
         _keep_standard_output_for_json()
+    _use_fast_cpu_fusions()
     _use_compilation_cache()
     main(*arguments)
     sys.stdout.flush()  # here, where a broken pipe is still handled
@@ -144,6 +146,17 @@ def _keep_standard_output_for_json() -> None:
     sys.stdout.flush()
     _json_output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+
+
+def _use_fast_cpu_fusions() -> None:
+    """Let XLA's CPU compiler hand products and what surrounds them to its library together.
+
+    A training step of GPT-2's shape at 13.8M parameters gets a tenth faster (RESULTS.md). XLA reads
+    the variable at its first compilation; other backends ignore it.
+    """
+    given = os.environ.get("XLA_FLAGS", "")
+    if "ynn_fusion_type" not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {_CPU_FUSIONS}".strip()
 
 
 def _use_compilation_cache() -> None:

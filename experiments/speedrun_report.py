@@ -100,10 +100,10 @@ def _text_section(bits: dict[str, dict[str, float]]) -> Section:
     )
     text = (
         f"Held-out works, films and packages, none of which were trained on. The model needs "
-        f"{model:.3f} bits a byte: {gaps}.\n\nCompressors see the held-out bytes alone, or after all "
-        "the training text (the size of both together less that of the training text). The n-gram "
-        "model is interpolated modified Kneser–Ney on the model's own tokens. The model and the "
-        "n-gram also pay for the end of each document."
+        f"{model:.3f} bits a byte: {gaps}.\n\nCompressors see the held-out bytes alone, or after "
+        "all the training text (the size of both together less that of the training text). The "
+        "n-gram model is interpolated modified Kneser–Ney on the model's own tokens. The model and "
+        "the n-gram also pay for the end of each document."
     )
     return Section(
         "Bits per byte of held-out text",

@@ -1,0 +1,112 @@
+"""Scores of text: windows count each target once, and packed and sliding readings agree."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from llm.data.prepared import StoredDocument, write_split
+from llm.evaluation.language_modeling import (
+    TextScore,
+    make_score_step,
+    score_documents,
+    score_split,
+    score_splits,
+    split_documents,
+)
+from llm.models.config import TransformerConfig
+from llm.models.transformer import Transformer, init_params
+from llm.parallel.config import MeshConfig
+from llm.parallel.mesh import make_mesh
+
+VOCAB, LENGTH = 50, 16
+MODEL = Transformer(
+    TransformerConfig(
+        vocab_size=VOCAB,
+        width=16,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_width=32,
+        max_length_tokens=LENGTH,
+        initializer="fan_in",
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def step():
+    return make_score_step(MODEL, make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def documents():
+    random = np.random.default_rng(0)
+    return [random.integers(0, VOCAB, n).astype(np.int32) for n in (40, 9, 2, 17, 33)]
+
+
+def log_probs(params, tokens):
+    logits = MODEL.apply({"params": params}, tokens[None])[0, :, :VOCAB]
+    return np.asarray(jax.nn.log_softmax(logits), np.float64)
+
+
+def test_every_target_is_scored_once_whatever_the_stride(step, params, documents):
+    pairs = sum(len(d) - 1 for d in documents)
+    for stride in (1, 5, 8, LENGTH):
+        score = score_documents(
+            step, params, [(d, 3) for d in documents], row_length=LENGTH, batch_tokens=64,
+            stride=stride,
+        )  # fmt: skip
+        assert score.tokens == pairs and score.num_bytes == 3 * len(documents)
+
+
+def test_sliding_by_one_gives_each_target_the_fullest_context(step, params, documents):
+    tokens = documents[0][:24]
+    expected = 0.0
+    for target in range(1, len(tokens)):
+        context = tokens[max(0, target - LENGTH) : target]
+        expected -= log_probs(params, context)[-1, tokens[target]]
+    score = score_documents(
+        step, params, [(tokens, 1)], row_length=LENGTH, batch_tokens=64, stride=1
+    )
+    assert score.nats == pytest.approx(expected, rel=1e-5)
+
+
+def test_packed_rows_score_as_windows_without_overlap(step, params, documents, tmp_path):
+    """Packing changes which row a piece lies in, not what it costs."""
+    split = write_split(
+        tmp_path / "split", [StoredDocument(d, num_bytes=2 * len(d)) for d in documents], VOCAB
+    )
+    packed = score_split(step, params, split, row_length=LENGTH, batch_sequences=2)
+    apart = score_documents(
+        step, params, split_documents(split), row_length=LENGTH, batch_tokens=64, stride=LENGTH
+    )
+    assert packed.tokens == apart.tokens == sum(len(d) - 1 for d in documents)
+    assert packed.nats == pytest.approx(apart.nats, rel=1e-5)
+    assert packed.bits_per_byte == pytest.approx(apart.bits_per_byte, rel=1e-5)
+
+
+def test_metrics_of_several_sources_have_an_all(step, params, documents, tmp_path):
+    splits = {
+        name: write_split(
+            tmp_path / name, [StoredDocument(d, num_bytes=len(d)) for d in part], VOCAB
+        )
+        for name, part in {"a": documents[:2], "b": documents[2:]}.items()
+    }
+    metrics = score_splits(step, params, splits, row_length=LENGTH, batch_sequences=2)
+    tokens = {"a": 39 + 8, "b": 1 + 16 + 32}
+    mean = sum(tokens[n] * metrics[f"eval/{n}/loss"] for n in tokens) / sum(tokens.values())
+    assert metrics["eval/all/loss"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_bits_per_byte_by_hand():
+    score = TextScore(nats=math.log(2) * 24, tokens=6, num_bytes=8)
+    assert score.bits_per_byte == pytest.approx(3.0)
+    assert score.loss_nats_per_token == pytest.approx(math.log(2) * 4)
