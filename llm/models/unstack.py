@@ -22,11 +22,11 @@ def unstack(model: Transformer, params: dict) -> dict:
     """Return the parameters of `unstacked(model)`, in the compute dtype and gathered over fsdp.
 
     Norms keep float32, as in the model itself. To be called once, before a loop over tokens; of an
-    unstacked model the parameters come back as they are.
+    unstacked model the parameters come back as they are. NumPy arrays stay on the host.
     """
     config, dtype = model.config, jnp.dtype(model.compute.dtype)
     params = jax.tree_util.tree_map_with_path(
-        lambda path, x: x if _is_norm(path) else x.astype(dtype), params
+        lambda path, x: x if _is_norm(path) else x.astype(dtype, copy=False), params
     )
     if not jax.sharding.get_abstract_mesh().empty:
         # else every token would gather every weight again
