@@ -6,8 +6,7 @@ It reads the very tokens and the very split that the model reads, so their nats 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -132,23 +131,6 @@ def fit_ngram(documents: Iterable[np.ndarray], order: int, vocab_size: int) -> N
         orders.append(_Order(all_keys[n], *parts))
     unigrams = shares + backoffs[0] / vocab_size
     return NgramModel(order, vocab_size, discounts, unigrams, tuple(orders))
-
-
-def ngram_bits_per_byte(
-    model: NgramModel, heldout: Mapping[str, tuple[Sequence[np.ndarray], int]]
-) -> dict[str, float]:
-    """Return bits per UTF-8 byte by domain, and of "all" together; EOS is predicted too.
-
-    Args:
-      model: fitted to the training documents.
-      heldout: (documents of token ids, UTF-8 bytes of their texts) by domain.
-    """
-    nats, num_bytes = {}, {}
-    for domain, (documents, size) in heldout.items():
-        nats[domain] = -sum(float(part.sum()) for part in model.log_probs_of(documents))
-        num_bytes[domain] = size
-    nats["all"], num_bytes["all"] = sum(nats.values()), sum(num_bytes.values())
-    return {domain: nats[domain] / math.log(2) / num_bytes[domain] for domain in nats}
 
 
 def _concatenate(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.evaluation.ngram import FALLBACK_DISCOUNTS, fit_ngram, ngram_bits_per_byte
+from llm.evaluation.ngram import FALLBACK_DISCOUNTS, fit_ngram
 
 
 def test_probabilities_worked_by_hand():
@@ -23,15 +23,6 @@ def test_probabilities_worked_by_hand():
     # Unseen pair: 0.5 * 0.3. Context that never went on: the unigram itself.
     expected = np.log([0.6, 0.15, 0.2])
     np.testing.assert_allclose(model.log_probs(np.array([bos, a, eos, c])), expected, rtol=1e-14)
-
-
-def test_bits_per_byte_by_domain_and_of_all_bytes_together():
-    # One document of one token: the unigram of 1 is (1 - 0.5)/1 + 0.5/4 = 5/8, of 2 and 3 1/8.
-    model = fit_ngram([np.array([0, 1])], 1, vocab_size=4)
-    heldout = {"code": ([np.array([0, 2, 3]), np.array([0, 2])], 6), "prose": ([np.array([0])], 3)}
-    # Three tokens of 3 bits over 6 bytes, and over 9.
-    expected = {"code": 9 / 6, "prose": 0.0, "all": 9 / 9}
-    assert ngram_bits_per_byte(model, heldout) == pytest.approx(expected)
 
 
 # What KenLM says of `_word_documents(300, 1) + [[3, 400]]` (the kenlm 0.3.0 source distribution):
