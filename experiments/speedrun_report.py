@@ -72,6 +72,9 @@ def write_speedrun_report(
             tables=(
                 model_table(
                     recipe.model,
+                    num_params=model["parameters"],
+                    num_active_params=model["active_parameters"],
+                    flops_per_token=flops_per_token,
                     length_tokens=recipe.data.length_tokens,
                     num_tokens=num_tokens,
                 ),
