@@ -1,4 +1,4 @@
-"""Greedy decoding against `transformers`' generate on torch: SmolLM2's shapes, same weights, float32.
+"""Greedy decoding against `transformers`' generate on torch: SmolLM2's shapes, float32.
 
     python -m benchmarks.decode [--rounds=3] [--batches=1,16] [--new_tokens=128]
 

@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are drawn. A filter that is None is left out; temperature 0 takes the likeliest."""
+    """How tokens are drawn. A filter that is None is left out; temperature 0: the likeliest."""
 
     max_new_tokens: int = 128
     temperature: float = 1.0
@@ -15,7 +15,10 @@ class SamplingConfig:
     repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the reply get less likely
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        _require(
+            self.max_new_tokens >= 1,
+            f"max_new_tokens={self.max_new_tokens}: must be at least 1",
+        )
         _require(self.temperature >= 0, f"temperature={self.temperature}: must not be negative")
         _require(self.top_k is None or self.top_k >= 1, f"top_k={self.top_k}: must be at least 1")
         _require(

@@ -48,12 +48,12 @@ def make_decoder(
 ) -> tuple[Callable, Callable]:
     """Return (prefill, advance), to be jitted by the caller, for an `unstacked` model.
 
-    prefill(params, prompts [B P], lengths [B], keys [B]) → DecodeState with the first token sampled.
+    prefill(params, prompts [B P], lengths [B], keys [B]) → DecodeState with one token sampled.
     advance(params, state, num_tokens) → DecodeState with up to num_tokens more, fewer when every
     sequence has ended or max_new_tokens are there.
 
     A prompt is the last `lengths` tokens of its row. Token t of a sequence is drawn with
-    fold_in(key, t) from its own logits, so that it depends neither on its neighbours nor on padding.
+    fold_in(key, t) from its own logits: it depends neither on its neighbours nor on padding.
     """
     eos = jnp.asarray(list(eos_ids), jnp.int32)
 
@@ -144,9 +144,7 @@ def make_generate(
     or not. Compiles once for each (B, P).
     """
 
-    prefill, advance = make_decoder(
-        unstacked(model), sampling, eos_ids=eos_ids, pad_id=pad_id
-    )
+    prefill, advance = make_decoder(unstacked(model), sampling, eos_ids=eos_ids, pad_id=pad_id)
 
     @jax.jit
     def generate(params, prompts, lengths, keys) -> Generation:

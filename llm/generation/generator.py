@@ -143,6 +143,6 @@ def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _with_reply(state):
-    """Return a state, and copies of what a reader wants: the state itself is about to be donated."""
+    """Return a state, and copies of what a reader wants: the state is about to be donated."""
     out = state.generation
     return state, (out.tokens[0], out.lengths[0], out.finished[0])

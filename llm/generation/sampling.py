@@ -13,7 +13,7 @@ Logits = Float[Array, "B V"]
 
 
 def repetition_penalty(logits: Logits, seen: Bool[Array, "B V"], penalty: float) -> Logits:
-    """Return logits with those of seen tokens divided by the penalty where positive, else multiplied.
+    """Return logits, those of seen tokens divided by the penalty if positive, else multiplied.
 
     Source: Keskar et al. 2019 (CTRL), arXiv:1909.05858, section 4.1. The paper divides negative
     logits too, which makes them likelier; as `transformers` does, they are multiplied here.

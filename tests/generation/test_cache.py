@@ -37,9 +37,8 @@ def _decode(model, params, rows, starts):
 
     def apply(cache, *columns):
         names = ("segment_ids", "positions")
-        return model.apply(
-            {"params": params}, columns[0], **dict(zip(names, columns[1:], strict=True)), cache=cache
-        )
+        others = dict(zip(names, columns[1:], strict=True))
+        return model.apply({"params": params}, columns[0], **others, cache=cache)
 
     start = jax.jit(lambda *columns: apply(init_cache(model.config, len(rows), WIDTH), *columns))
     step = jax.jit(apply)
@@ -53,7 +52,7 @@ def _decode(model, params, rows, starts):
 
 
 def test_an_unstacked_model_rounds_its_parameters_as_the_model_would():
-    """Norms keep float32 ones. Operation by operation: compiled as one, XLA leaves roundings out."""
+    """Norms keep float32 ones. Not jitted: compiled as one, XLA leaves roundings out."""
     model, params = build("prefix_and_cycle", dtype="bfloat16")
     tokens = jax.random.randint(jax.random.key(2), (2, 5), 0, VOCAB)
     flat = unstack(model, params)

@@ -85,9 +85,7 @@ def test_all_together_equal_transformers(config):
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=9), st.integers(1, 9)
-)
+@given(st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=9), st.integers(1, 9))
 def test_top_k_by_bits_equals_top_k_by_sorting(values, k):
     values = (values + [0.0, -0.0] + [-np.inf] * 9)[:9]
     threshold = sorted(values, reverse=True)[k - 1]
@@ -117,7 +115,7 @@ def test_draws_follow_the_exact_probabilities(config, exact):
     draws, exact = 20_000, np.asarray(exact)
     keys = jax.random.split(jax.random.key(7), draws)
     logits = jnp.broadcast_to(LOGITS, (draws, 4))
-    tokens = jax.jit(lambda l, k: sampling.sample(l, k, config))(logits, keys)
+    tokens = jax.jit(lambda x, k: sampling.sample(x, k, config))(logits, keys)
     counts = np.bincount(tokens, minlength=4)
     possible = exact > 0
     assert counts[~possible].sum() == 0
