@@ -11,6 +11,8 @@ from llm.generation.config import SamplingConfig
 
 Logits = Float[Array, "B V"]
 
+BLOCK_TOKENS = 128
+
 
 def repetition_penalty(logits: Logits, seen: Bool[Array, "B V"], penalty: float) -> Logits:
     """Return logits, those of seen tokens divided by the penalty if positive, else multiplied.
@@ -83,7 +85,7 @@ def sample(
             logits = repetition_penalty(logits, seen, config.repetition_penalty)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = sampling_logits(logits, config, seen)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    return jax.vmap(_draw)(keys, logits).astype(jnp.int32)
 
 
 def token_log_probs(
@@ -97,6 +99,19 @@ def token_log_probs(
     scaled = logits if temperature in (0.0, 1.0) else logits / temperature
     chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(scaled, axis=-1)
+
+
+def _draw(key: Key[Array, ""], logits: Float[Array, " V"]) -> Int[Array, ""]:
+    """Draw a token from softmax(logits): first its block of the vocabulary, then it out of the block.
+
+    As exact as one draw over all tokens, whose random numbers (one for each) would cost more than
+    everything else that happens to the logits.
+    """
+    padding = -logits.shape[0] % BLOCK_TOKENS
+    blocks = jnp.pad(logits, (0, padding), constant_values=-jnp.inf).reshape(-1, BLOCK_TOKENS)
+    block_key, token_key = jax.random.split(key)
+    block = jax.random.categorical(block_key, jax.nn.logsumexp(blocks, axis=-1))
+    return block * BLOCK_TOKENS + jax.random.categorical(token_key, blocks[block])
 
 
 def _keep_heaviest(logits: Logits, weights: Float[Array, "B V"], target: float) -> Logits:

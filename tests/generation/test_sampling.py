@@ -123,6 +123,23 @@ def test_draws_follow_the_exact_probabilities(config, exact):
     assert chi_square(counts[possible], exact[possible]) < 16.27
 
 
+def test_draws_follow_the_exact_probabilities_over_many_blocks_of_the_vocabulary():
+    size, draws = 3 * sampling.BLOCK_TOKENS + 7, 40_000
+    logits = np.random.default_rng(0).normal(0, 0.5, size).astype(np.float32)
+    logits[sampling.BLOCK_TOKENS : 2 * sampling.BLOCK_TOKENS] = -np.inf  # a whole block
+    keys = jax.random.split(jax.random.key(3), draws)
+    sample = jax.jit(
+        lambda keys: sampling.sample(jnp.tile(logits, (draws, 1)), keys, SamplingConfig())
+    )
+    counts = np.bincount(sample(keys), minlength=size)
+    possible = np.isfinite(logits)
+    assert counts[~possible].sum() == 0 and len(counts) == size
+    exact = np.exp(logits[possible]) / np.exp(logits[possible]).sum()
+    assert exact.min() * draws > 10
+    # 355.8: the value that 262 degrees of freedom exceed once in ten thousand
+    assert chi_square(counts[possible], exact) < 355.8
+
+
 def test_a_row_depends_on_its_own_logits_and_key_alone():
     keys = jax.random.split(jax.random.key(0), 5)
     logits = jax.random.normal(jax.random.key(1), (5, 40))
