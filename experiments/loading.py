@@ -44,8 +44,12 @@ def load_model(source: str, *, step: int | None = None, ema: bool = False) -> Lo
 
 def is_workdir(path: epath.PathLike) -> bool:
     """Whether a directory was made by one of our runs, rather than by Hugging Face's tools."""
-    path = epath.Path(path)
-    return (path / "config.json").exists() and (path / "checkpoints").exists()
+    file = epath.Path(path) / "config.json"
+    try:
+        # theirs names its architecture
+        return file.exists() and "model_type" not in json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return (epath.Path(path) / "checkpoints").exists()
 
 
 def load_model_config(workdir: epath.PathLike) -> TransformerConfig:

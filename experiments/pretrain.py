@@ -32,7 +32,7 @@ from llm.training.schedules import make_schedule
 from llm.training.state import TrainState, init_state, state_shardings
 from llm.training.step import make_train_step
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
 
 
 def pretrain(config: PretrainConfig, workdir: str) -> None:
@@ -142,7 +142,7 @@ def make_evaluation(config: PretrainConfig, model: Transformer, mesh, tokenizer,
 
 
 def main(config: PretrainConfig) -> None:
-    pretrain(config, _WORKDIR.value)
+    pretrain(config, WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 import jax
 from absl import flags
 
-from experiments.loading import LoadedModel, load_model
+from experiments.loading import load_model
 from llm.generation.config import SamplingConfig
 from llm.generation.generator import Generator
 from llm.models.config import ComputeConfig
 from llm.models.transformer import Transformer
+from llm.models.unstack import unstack, unstacked
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run whose model speaks.")
 _MODEL = flags.DEFINE_string(
@@ -25,8 +26,8 @@ _PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: fewer tokens 
 _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
 
 
-def load_generator() -> tuple[Generator, dict, LoadedModel, jax.Array]:
-    """Return a generator, its parameters on the device, what was loaded, and the random key."""
+def load_generator() -> tuple[Generator, dict, jax.Array]:
+    """Return a generator, its parameters on the device, and the random key."""
     source = _WORKDIR.value or _MODEL.value
     if not source or (_WORKDIR.value and _MODEL.value):
         raise ValueError("give --workdir=DIR or --model=SOURCE, one of the two")
@@ -40,5 +41,6 @@ def load_generator() -> tuple[Generator, dict, LoadedModel, jax.Array]:
     )
     loaded = load_model(source, step=_STEP.value, ema=_EMA.value)
     model = Transformer(loaded.config, ComputeConfig(dtype=_DTYPE.value))
-    generator = Generator(model, loaded.tokenizer, sampling)
-    return generator, jax.device_put(loaded.params), loaded, jax.random.key(_SEED.value)
+    params = jax.device_put(unstack(model, loaded.params))
+    generator = Generator(unstacked(model), loaded.tokenizer, sampling)
+    return generator, params, jax.random.key(_SEED.value)

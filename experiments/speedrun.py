@@ -13,13 +13,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
 from etils import epath
 
 from configs.schema import PretrainConfig, SpeedrunConfig
 from experiments import entry
 from experiments.loading import load_model
-from experiments.pretrain import pretrain
+from experiments.pretrain import WORKDIR, pretrain
 from experiments.speedrun_report import write_speedrun_report
 from experiments.stages import Stages
 from llm.data.packing import load_pack_plan
@@ -40,11 +39,9 @@ from llm.models.transformer import Transformer
 from llm.parallel.mesh import make_mesh
 from llm.training.run_config import check_config, record_config
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the job is kept.", required=True)
-
 
 def main(config: SpeedrunConfig) -> None:
-    workdir = epath.Path(_WORKDIR.value)
+    workdir = epath.Path(WORKDIR.value)
     fields = dataclasses.asdict(config)
     record_changes = check_config(
         workdir, fields, allow_change=config.pretrain.run.allow_config_change

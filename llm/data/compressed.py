@@ -9,7 +9,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO
+from typing import IO, Any
 
 from etils import epath
 
@@ -51,8 +51,8 @@ def split_endings(path: str) -> tuple[str, str]:
     return ending, ""
 
 
-def read_line(file: IO[bytes], limit: int) -> tuple[bytes | None, int]:
-    """Return a line and its length; None in its place if it is longer than the limit."""
+def read_line(file: Any, limit: int) -> tuple[bytes | None, int]:
+    """Return a file's next line and its length; None in its place if it exceeds the limit."""
     line = file.readline(limit)
     if len(line) < limit or line.endswith(b"\n"):
         return line, len(line)

@@ -4,7 +4,7 @@
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 class SourceError(ValueError):
@@ -49,6 +49,7 @@ class Shard:
     first_row: int = 1
 
 
+@runtime_checkable
 class Reader(Protocol):
     """What each kind of source offers: raw rows, in shards. Pickled into worker processes."""
 

@@ -6,7 +6,7 @@ import glob
 import json
 import os
 from collections.abc import Iterator, Sequence
-from typing import IO, Literal
+from typing import Any, Literal
 
 from etils import epath
 
@@ -234,7 +234,7 @@ def _lines(shard: Shard, limit: int) -> Iterator[tuple[int, bytes | None, int]]:
         raise SourceError(f"{shard.name} cannot be read at row {number}: {error}") from error
 
 
-def _skip_to_line_start(file: IO[bytes], shard: Shard) -> tuple[int, int]:
+def _skip_to_line_start(file: Any, shard: Shard) -> tuple[int, int]:
     file.seek(shard.start - 1)
     rest = file.readline()  # of the line before; only its end, if it ends just there
     return shard.start - 1 + len(rest), shard.first_row + (len(rest) > 1)

@@ -4,6 +4,7 @@ Byte-level BPE trained here, any tokenizer.json, GPT-2's files and raw bytes are
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -141,6 +142,16 @@ class Tokenizer:
             return self._id_of("bos_token", "cls_token", known=_KNOWN_BOS)
         except TokenizerError:
             return self.eos_id
+
+    @functools.cached_property
+    def text_prefix(self) -> tuple[int, ...]:
+        """The ids before a text that its model expects, as `transformers` puts them: BOS or none.
+
+        Not every model knows its BOS as a beginning: SmolLM2's is the mark of a chat turn.
+        """
+        encoding = self._control_backend.encode("a", add_special_tokens=True)
+        marks = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        return tuple(token for token, _ in itertools.takewhile(lambda pair: pair[1], marks))
 
     @functools.cached_property
     def pad_id(self) -> int | None:

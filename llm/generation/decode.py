@@ -4,6 +4,7 @@ Prompts are padded on the left, so that every sequence writes the same slot of t
 """
 
 from collections.abc import Callable, Sequence
+from typing import no_type_check
 
 import flax.struct
 import jax
@@ -16,6 +17,7 @@ from llm.models.transformer import Cache, Transformer, init_cache
 from llm.models.unstack import unstack, unstacked
 
 
+@no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
 @flax.struct.dataclass
 class Generation:
     """What was generated: rows of M = max_new_tokens, of which the first `lengths` count."""
@@ -26,6 +28,7 @@ class Generation:
     finished: Bool[Array, " B"]  # ended by EOS, not by the limit
 
 
+@no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
 @flax.struct.dataclass
 class DecodeState:
     """Everything that one more token depends on, besides the parameters."""

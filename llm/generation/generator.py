@@ -68,8 +68,9 @@ class Generator:
         return [completion.text for completion in self.complete(params, ids, key)]
 
     def encode(self, prompt: str) -> list[int]:
-        """Return a prompt's tokens, begun as a document begins."""
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+        """Return a prompt's tokens, begun as the tokenizer begins a text: by BOS or by nothing."""
+        ids = [*self.tokenizer.text_prefix, *self.tokenizer.encode(prompt)]
+        return ids or [self.tokenizer.bos_id]  # a model must be asked something
 
     def complete(
         self, params: dict, prompts: Sequence[Sequence[int]], key: Key[Array, ""] | None = None

@@ -102,7 +102,7 @@ def token_log_probs(
 
 
 def _draw(key: Key[Array, ""], logits: Float[Array, " V"]) -> Int[Array, ""]:
-    """Draw a token from softmax(logits): first its block of the vocabulary, then it out of the block.
+    """Draw a token from softmax(logits): first its block of the vocabulary, then it out of that.
 
     As exact as one draw over all tokens, whose random numbers (one for each) would cost more than
     everything else that happens to the logits.

@@ -1,6 +1,6 @@
 """Attention, feed-forward and the residual block that joins them. Models floor."""
 
-from typing import Literal
+from typing import Literal, no_type_check
 
 import flax.linen as nn
 import flax.struct
@@ -20,6 +20,7 @@ from llm.parallel.rules import constrain
 Hidden = Float[Array, "B T D"]
 
 
+@no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
 @flax.struct.dataclass
 class LayerInputs:
     """What every layer of one forward pass shares."""
@@ -29,6 +30,7 @@ class LayerInputs:
     deterministic: bool = flax.struct.field(pytree_node=False)
 
 
+@no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
 @flax.struct.dataclass
 class LayerCache:
     """One layer's keys and values; layers at one place of the cycle are stacked on axis 0."""

@@ -1,12 +1,13 @@
 """Who may attend to whom: one description, read by every attention kernel. Models floor."""
 
-from typing import Literal
+from typing import Literal, no_type_check
 
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
+@no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
 @flax.struct.dataclass
 class AttentionPattern:
     """The rule by which query row t (at index `query_start` + t among the keys) sees key s.

@@ -4,6 +4,7 @@ Pure functions of (params, inputs): init_params, logical_axes, and Transformer.a
 """
 
 import functools
+from typing import no_type_check
 
 import flax.linen as nn
 import flax.struct
@@ -22,6 +23,7 @@ from llm.parallel.rules import constrain
 Tokens = Int[Array, "B T"]
 
 
+@no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
 @flax.struct.dataclass
 class Cache:
     """Keys and values seen so far. All sequences share the index at which the next token goes."""

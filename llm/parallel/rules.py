@@ -2,6 +2,7 @@
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 MeshAxes = tuple[str, ...]
 
@@ -37,7 +38,7 @@ def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: ArrayLike, *axes: str | None) -> ArrayLike:
     """Constrain x's sharding by its logical axes under the mesh in force; without one, return x."""
     if jax.sharding.get_abstract_mesh().empty:
         return x

@@ -1,6 +1,6 @@
 """Everything a run must keep to go on bitwise. Second floor."""
 
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
@@ -13,6 +13,7 @@ from llm.models.transformer import Transformer, init_params, logical_axes, param
 from llm.parallel.rules import make_shardings
 
 
+@no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
 @flax.struct.dataclass
 class TrainState:
     """The state of one training run. Plain arrays only, so that any checkpoint format holds it."""

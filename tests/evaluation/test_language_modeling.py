@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -53,7 +54,7 @@ def documents():
 
 
 def log_probs(params, tokens):
-    logits = MODEL.apply({"params": params}, tokens[None])[0, :, :VOCAB]
+    logits = MODEL.apply({"params": params}, jnp.asarray(tokens)[None])[0, :, :VOCAB]
     return np.asarray(jax.nn.log_softmax(logits), np.float64)
 
 

@@ -109,7 +109,9 @@ def gguf_tensors(model) -> dict[str, np.ndarray]:
 
 def our_logits(checkpoint, tokens):
     model = Transformer(checkpoint.config, ComputeConfig(unroll_layers=False))
-    logits = model.apply({"params": checkpoint.params}, jnp.asarray(tokens.numpy()))
+    logits = model.apply(
+        {"params": jax.tree.map(jnp.asarray, checkpoint.params)}, jnp.asarray(tokens.numpy())
+    )
     return np.asarray(logits)[..., : checkpoint.config.vocab_size]
 
 

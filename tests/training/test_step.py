@@ -125,7 +125,7 @@ def test_loss_is_a_mean_over_weighted_targets():
     batch = make_batch(0)
     logits = Transformer(MODEL).apply(
         {"params": init().params},
-        batch["tokens"],
+        jnp.asarray(batch["tokens"]),
         segment_ids=jnp.asarray(batch["segment_ids"]),
         positions=jnp.asarray(batch["positions"]),
     )
