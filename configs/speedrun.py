@@ -25,7 +25,7 @@ def get_config(arg=None):
 
 
 def get_pretrain_config():
-    config = to_config_dict(PretrainConfig(total_steps=2400))
+    config = to_config_dict(PretrainConfig(total_steps=1200))
     config.model = to_config_dict(from_depth(4, vocab_size=4096, max_length_tokens=256))
     config.data.sources = {
         "prose": _builder("english_prose"),
@@ -40,9 +40,9 @@ def get_pretrain_config():
     config.optimizer.adam_learning_rate = 3e-3
     config.schedule.name = "warmup_stable_decay"
     config.schedule.warmup_steps = 20
-    config.schedule.decay_steps = 1200
+    config.schedule.decay_steps = 600
     config.schedule.final_fraction = 0.0
-    config.evaluation.every_steps = 600
+    config.evaluation.every_steps = 300
     config.evaluation.max_sequences = 128
     config.run.save_every_steps = 200
     return config
