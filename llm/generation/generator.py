@@ -80,15 +80,16 @@ class Generator:
         The i-th depends on its own prompt, `key` and i alone.
         """
         out = self._complete(params, *self._batch(prompts, key))
-        out = jax.tree.map(np.asarray, out)
+        columns = (out.tokens, out.log_probs, out.lengths, out.finished)
+        rows = zip(*(np.asarray(x).tolist() for x in columns), strict=True)
         return [
             Completion(
-                self.tokenizer.decode(out.tokens[i, :length], skip_control=True),
-                out.tokens[i, :length].tolist(),
-                out.log_probs[i, :length].tolist(),
-                bool(out.finished[i]),
+                self.tokenizer.decode(tokens[:length], skip_control=True),
+                tokens[:length],
+                log_probs[:length],
+                finished,
             )
-            for i, length in enumerate(out.lengths)
+            for tokens, log_probs, length, finished in rows
         ]
 
     def stream(

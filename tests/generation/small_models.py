@@ -1,6 +1,7 @@
 """Small models of every kind, for the tests of decoding."""
 
 import dataclasses
+import functools
 
 import jax
 
@@ -30,7 +31,6 @@ KINDS = {
         tied_head=True,
     ),
     "alibi_mqa": dict(positions="alibi", num_kv_heads=1),
-    "sinusoidal_post": dict(positions="sinusoidal", norm_placement="post", activation="gelu"),
     "window": dict(cycle_layers=("local",), sliding_window_tokens=3, qk_norm=True),
     "prefix_and_cycle": dict(
         num_layers=3,
@@ -40,10 +40,10 @@ KINDS = {
         attention_softcap=5.0,
         head_softcap=9.0,
     ),
-    "rope_scaled": dict(rope_scaling="llama3", rope_factor=8.0, rope_original_length_tokens=16),
 }
 
 
+@functools.cache
 def build(kind: str, **compute):
     """Return (model, params), with weights large enough for sharp attention and varied text."""
     config = dataclasses.replace(SMALL, **KINDS[kind])
