@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsInt
 
 import tokenizers
 from etils import epath
@@ -69,7 +69,7 @@ class Tokenizer:
         encodings = self._text_backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def decode(self, ids: Iterable[int], *, skip_control: bool = False) -> str:
+    def decode(self, ids: Iterable[SupportsInt], *, skip_control: bool = False) -> str:
         """Return the text of ids; ids of the padded vocabulary have none."""
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
         return self._control_backend.decode(known, skip_special_tokens=skip_control)

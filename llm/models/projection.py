@@ -8,6 +8,7 @@ from string import ascii_lowercase
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
 def fan_in(spec: str, shape: tuple[int, ...]) -> int:
@@ -17,7 +18,7 @@ def fan_in(spec: str, shape: tuple[int, ...]) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def float32_product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def float32_product(spec: str, x: ArrayLike, kernel: ArrayLike) -> jax.Array:
     """Return an einsum of equal-typed inputs with its output left in float32 (float64 stays).
 
     For logits: rounded to bf16 they lose what distinguishes likely tokens. The cotangent is rounded

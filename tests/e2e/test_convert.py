@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_a_model_survives_the_way_through_a_workdir(exported, tmp_path):
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits.numpy()
     logits = Transformer(ours.config, ComputeConfig()).apply(
-        {"params": ours.params}, np.array([ids])
+        {"params": ours.params}, jnp.array([ids])
     )
     vocab = ours.config.vocab_size
     np.testing.assert_allclose(logits[..., :vocab], expected, atol=1e-4, rtol=0)

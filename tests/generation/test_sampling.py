@@ -85,7 +85,11 @@ def test_all_together_equal_transformers(config):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=9), st.integers(1, 9))
+# no subnormal numbers: XLA takes them for zeros when it compares
+@given(
+    st.lists(st.floats(-30, 30, width=32, allow_subnormal=False), min_size=2, max_size=9),
+    st.integers(1, 9),
+)
 def test_top_k_by_bits_equals_top_k_by_sorting(values, k):
     values = (values + [0.0, -0.0] + [-np.inf] * 9)[:9]
     threshold = sorted(values, reverse=True)[k - 1]
