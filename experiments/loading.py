@@ -36,6 +36,10 @@ def load_model(source: str, *, step: int | None = None, ema: bool = False) -> Lo
         )
     if step is not None or ema:
         raise ValueError(f"{source} is not a workdir: it has no steps and no averaged parameters")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise FileNotFoundError(
+            f"{source} is neither a workdir nor a Hugging Face directory: it has no config.json"
+        )
     found = load_weights(source)
     if found.tokenizer is None:
         raise ValueError(f"{source} has no tokenizer.json: put the model's own beside its weights")

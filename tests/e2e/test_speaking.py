@@ -65,6 +65,10 @@ def test_generate_streams_what_it_gives_as_json(exported, tmp_path):
             ["--model=no/such", "--prompt=a"],
             "no/such does not exist; give a Hugging Face directory",
         ),
+        (
+            ["--workdir=tests", "--prompt=a"],
+            "tests is neither a workdir nor a Hugging Face directory",
+        ),
         (["--prompt=a"], "give --workdir=DIR or --model=SOURCE"),
         (["--model=smollm2", "--prompt=a", "--top_p=1.5"], "top_p=1.5: must lie in (0, 1]"),
         (["--model=smollm2", "--prompt_file=no/file"], "No such file or directory: no/file"),
