@@ -17,10 +17,13 @@ import os, sys, time
 from llm.training.lock import Lock
 lock = Lock(sys.argv[1])
 lock.acquire()
+ready, tell = os.pipe()
 worker = os.fork()
 if worker == 0:
+    os.write(tell, b"!")
     time.sleep(30)
     os._exit(0)
+os.read(ready, 1)  # killed sooner, the worker would not have run what a fork runs first
 print(worker, flush=True)
 time.sleep(30)
 """
