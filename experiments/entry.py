@@ -136,6 +136,7 @@ def _start(main: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     if "json" in flags.FLAGS and flags.FLAGS.json:
         _keep_standard_output_for_json()
     _use_fast_cpu_fusions()
+    _use_threads_for_fake_devices()
     _use_compilation_cache()
     main(*arguments)
     sys.stdout.flush()  # here, where a broken pipe is still handled
@@ -157,6 +158,16 @@ def _use_fast_cpu_fusions() -> None:
     given = os.environ.get("XLA_FLAGS", "")
     if "ynn_fusion_type" not in given:
         os.environ["XLA_FLAGS"] = f"{given} {_CPU_FUSIONS}".strip()
+
+
+def _use_threads_for_fake_devices() -> None:
+    """Give XLA's CPU client threads enough for all programs in flight on several fake devices.
+
+    It makes one for each core or device. Devices that wait for each other in a collective hold
+    theirs, so that two programs in flight can stop each other for ever. XLA reads NPROC at start.
+    """
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("NPROC", "256")
 
 
 def _use_compilation_cache() -> None:

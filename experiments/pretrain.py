@@ -44,6 +44,14 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
     start_distributed()
     mesh = make_mesh(config.mesh)
 
+    # Model
+    model = Transformer(config.model, config.compute)
+    loss_fn = make_causal_lm_loss(model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens)
+    optimizer = make_optimizer(config.optimizer, logical_axes(model))
+    schedule = make_schedule(
+        config.schedule, total_steps=config.num_steps, tokens_per_step=config.tokens_per_step
+    )
+
     # Data
     tokenizer = make_tokenizer(config.data)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -59,14 +67,6 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
         host_index=jax.process_index(),
         host_count=jax.process_count(),
         state_dir=epath.Path(workdir) / "data",
-    )
-
-    # Model
-    model = Transformer(config.model, config.compute)
-    loss_fn = make_causal_lm_loss(model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens)
-    optimizer = make_optimizer(config.optimizer, logical_axes(model))
-    schedule = make_schedule(
-        config.schedule, total_steps=config.num_steps, tokens_per_step=config.tokens_per_step
     )
 
     # State

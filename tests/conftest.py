@@ -10,3 +10,7 @@ _FLAGS = (
     "--xla_llvm_disable_expensive_passes=true",
 )
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
+# XLA gives its CPU client as many threads as there are cores or devices. Programs in flight whose
+# devices wait for each other in a collective can hold them all: then none goes on (seen in
+# checksums of sharded arrays). Threads that wait cost nothing.
+os.environ.setdefault("NPROC", "256")
