@@ -47,9 +47,12 @@ def batch(sequences: int, length: int) -> list[str]:
     ]
 
 
-# The recipe is depth 4, vocabulary 4,096, Muon, 8 sequences of 256; each variant changes one thing.
+TABLES = ["--config.optimizer.adam_learning_rate=6e-3"]
+
+# Around depth 4, vocabulary 4,096, Muon, 8 sequences of 256; each changes one thing but the last
+# two, which are for a longer comparison.
 VARIANTS = {
-    "recipe": [],
+    "depth 4": depth(4),
     "depth 3": depth(3),
     "depth 5": depth(5),
     "vocabulary 2048": depth(4, 2048),
@@ -59,7 +62,9 @@ VARIANTS = {
     "batch 16": batch(16, 256),
     "length 512": batch(4, 512),
     "muon 0.04": ["--config.optimizer.learning_rate=0.04"],
-    "tables 6e-3": ["--config.optimizer.adam_learning_rate=6e-3"],
+    "tables 6e-3": TABLES,
+    "depth 3 + tables 6e-3": depth(3) + TABLES,
+    "depth 4 + tables 6e-3": depth(4) + TABLES,
 }
 
 

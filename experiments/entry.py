@@ -83,6 +83,25 @@ def define_json() -> flags.FlagHolder:
     )
 
 
+def define_profile() -> flags.FlagHolder:
+    """Define --profile for an experiment that trains; `profiled` obeys it."""
+    return flags.DEFINE_integer(
+        "profile",
+        0,
+        "Trace so many steps into workdir/profile, for TensorBoard or Perfetto, from the step "
+        "config.run.profile_start_step of this process on.",
+        lower_bound=0,
+    )
+
+
+def profiled(config: Any, num_steps: int) -> Any:
+    """Return the config of a stage, with `run.profile_num_steps` set where --profile asks."""
+    if not num_steps:
+        return config
+    run_config = dataclasses.replace(config.run, profile_num_steps=num_steps)
+    return dataclasses.replace(config, run=run_config)
+
+
 def print_json(report: Any) -> None:
     """Print a report (dicts, dataclasses, numbers, arrays) as one line of strict JSON.
 

@@ -5,6 +5,9 @@
 
 Without --text, a workdir is scored on the held-out text of its own config, source by source. Tokens
 are read through a sliding window, so that each has context before it.
+
+A file is scored as `transformers` would encode it: after BOS only where the model's tokenizer puts
+one, and without EOS, since a file need not be a whole document. Held-out documents have both.
 """
 
 import jax
@@ -32,9 +35,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run whose model is scored."
 _MODEL = flags.DEFINE_string(
     "model", None, "Instead: a Hugging Face directory, a GGUF file, or 'smollm2'."
 )
-_TEXT = flags.DEFINE_multi_string(
-    "text", [], "A UTF-8 text file, scored as one document; repeatable."
-)
+_TEXT = flags.DEFINE_multi_string("text", [], "A UTF-8 text file, scored as one text; repeatable.")
 _LENGTH = flags.DEFINE_integer(
     "length_tokens", None, "Window; default: the model's, at most 1,024.", 1
 )
@@ -97,7 +98,13 @@ def _document(path: str, text: bytes, tokenizer: Tokenizer):
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is invalid") from error
     if not decoded:
         raise ValueError(f"{path} is empty: there is nothing to score")
-    return [tokenizer.bos_id, *tokenizer.encode(decoded), tokenizer.eos_id], len(text)
+    prefix, ids = tokenizer.text_prefix, tokenizer.encode(decoded)
+    if prefix:
+        return [*prefix, *ids], len(text)
+    # Without a BOS nothing predicts the first token: it and its bytes are context only.
+    if len(ids) == 1:
+        raise ValueError(f"{path} is one token, and this model has no BOS to predict it from")
+    return ids, len(text) - len(tokenizer.decode(ids[:1]).encode())
 
 
 def _figures(score: TextScore) -> dict:

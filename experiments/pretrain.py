@@ -33,6 +33,7 @@ from llm.training.state import TrainState, init_state, state_shardings
 from llm.training.step import make_train_step
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
+PROFILE = entry.define_profile()
 
 
 def pretrain(config: PretrainConfig, workdir: str) -> None:
@@ -142,7 +143,7 @@ def make_evaluation(config: PretrainConfig, model: Transformer, mesh, tokenizer,
 
 
 def main(config: PretrainConfig) -> None:
-    pretrain(config, WORKDIR.value)
+    pretrain(entry.profiled(config, PROFILE.value), WORKDIR.value)
 
 
 if __name__ == "__main__":

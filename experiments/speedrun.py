@@ -18,7 +18,7 @@ from etils import epath
 from configs.schema import PretrainConfig, SpeedrunConfig
 from experiments import entry
 from experiments.loading import load_model
-from experiments.pretrain import WORKDIR, pretrain
+from experiments.pretrain import PROFILE, WORKDIR, pretrain
 from experiments.speedrun_report import write_speedrun_report
 from experiments.stages import Stages
 from llm.data.packing import load_pack_plan
@@ -48,7 +48,7 @@ def main(config: SpeedrunConfig) -> None:
     )
     workdir.mkdir(parents=True, exist_ok=True)
     record_config(workdir, fields, record_changes)
-    stages, recipe = Stages(workdir), config.pretrain
+    stages, recipe = Stages(workdir), entry.profiled(config.pretrain, PROFILE.value)
 
     tokenizer_facts = stages.run("tokenizer", lambda: train_tokenizer(recipe))
     tokenizer = make_tokenizer(recipe.data)

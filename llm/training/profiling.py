@@ -9,12 +9,23 @@ from etils import epath
 
 
 class ProfileWindow:
-    """Traces steps `start_step` … `start_step + num_steps - 1`, once."""
+    """Traces `num_steps` steps from the `start_step`-th on that this process does, once."""
 
     def __init__(self, directory: epath.Path, start_step: int, num_steps: int):
-        self._directory = directory
-        self._first, self._last = start_step, start_step + num_steps - 1
+        self._directory, self._start_step, self._num_steps = directory, start_step, num_steps
+        self._first, self._last = 0, -1
         self._active = False
+
+    def open(self, step: int, total_steps: int) -> None:
+        """Place the window, counted from the step that the run goes on from.
+
+        A run with fewer steps left is traced at its end: a trace asked for is a trace written.
+        """
+        if self._num_steps and step < total_steps:
+            latest = max(step + 1, total_steps - self._num_steps + 1)
+            self._first = min(step + self._start_step, latest)
+            self._last = min(self._first + self._num_steps - 1, total_steps)
+            self.after_step(step, None)
 
     def after_step(self, step: int, outputs: Any) -> bool:
         """Start before the window's first step, stop after its last; True when a trace was written.

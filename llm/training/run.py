@@ -165,6 +165,7 @@ class Run:
             self._metrics.open(self.step, sizes, self._config)
             self._progress.start(self.step)
         self._last_save_time = time.monotonic()
+        self._profile.open(self.step, self.total_steps)
         self._restored = True
         return state, batches
 

@@ -29,7 +29,7 @@ class RunConfig:
     keep_newest_checkpoints: int = 3
     keep_every_steps: int = 0  # checkpoints at its multiples stay for ever; 0: none do
     max_skipped_in_a_row: int = 10  # steps without a finite gradient before the run gives up
-    profile_start_step: int = 10  # past compilation and the first steps
+    profile_start_step: int = 10  # of this process: past compilation and the first steps
     profile_num_steps: int = 0  # 0: no profile; else a trace is written to workdir/profile
     allow_config_change: bool = False  # resume a workdir of another config; recorded in it
     wandb_project: str = ""  # also log to Weights & Biases, when not empty

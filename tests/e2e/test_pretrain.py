@@ -124,7 +124,7 @@ def test_evaluate_scores_a_file_as_the_model_does(whole, corpus):
     text.write_text("the calm sea sinks the ship and the ship sails home")
     report = json.loads(run("evaluate", f"--workdir={whole}", f"--text={text}", "--json").stdout)
     num_bytes = len(text.read_bytes())
-    assert report["tokens"] == num_bytes + 1  # EOS
+    assert report["tokens"] == num_bytes  # each byte a token, predicted from BOS on
     expected = report["loss_nats_per_token"] * report["tokens"] / math.log(2) / num_bytes
     assert report["bits_per_byte"] == pytest.approx(expected, rel=1e-9)
     assert 2.0 < report["loss_nats_per_token"] < math.log(300) * 1.1

@@ -1,5 +1,9 @@
 """SmolLM2-135M-Instruct from its package: the right loss, the right capital, the right tokens."""
 
+import json
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -139,3 +143,18 @@ def test_export_scores_the_same_in_transformers_and_here(smollm2, exported, forw
     logits = forward(again.params, ids)
     np.testing.assert_allclose(logits, expected, atol=2e-3, rtol=0)  # logits of up to 30
     assert nats_per_token(logits, ids) == pytest.approx(nats_per_token(expected, ids), abs=1e-5)
+
+
+def test_evaluate_scores_a_file_as_transformers_does(exported, tmp_path):
+    """No <|im_start|> before the text, though it is this tokenizer's BOS, and no EOS after it."""
+    (tmp_path / "passage.txt").write_text(PASSAGE)
+    command = [sys.executable, "-m", "experiments.evaluate", f"--model={exported}", "--json"]
+    command += [f"--text={tmp_path / 'passage.txt'}", "--length_tokens=512"]
+    report = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    ids = transformers.AutoTokenizer.from_pretrained(exported)(PASSAGE, return_tensors="pt")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    with torch.no_grad():
+        expected = float(reference(**ids, labels=ids["input_ids"]).loss)
+    assert report["loss_nats_per_token"] == pytest.approx(expected, abs=1e-4)
+    assert report["tokens"] == ids["input_ids"].shape[1] - 1
+    assert report["bytes"] == len(PASSAGE.encode()) - len("Water")

@@ -21,6 +21,7 @@ from llm.training.checkpoints import CheckpointError
 from llm.training.loading import load_params, verify
 from llm.training.manifests import list_steps, read_ledger
 from llm.training.metrics import read_metrics
+from llm.training.profiling import ProfileWindow
 from llm.training.run import NonFiniteError, Run
 from llm.training.run_config import (
     ConfigChangedError,
@@ -329,8 +330,24 @@ def test_saves_by_time(tmp_path):
     assert list_steps(tmp_path) == [2]
 
 
-def test_profile(tmp_path):
-    run_toy(tmp_path, 4, profile_start_step=2, profile_num_steps=2)
+@pytest.mark.parametrize(
+    "resumed, start, traced", [(0, 1, [1, 2]), (0, 2, [2, 3]), (0, 10, [3, 4]), (3, 10, [4])]
+)
+def test_profile_traces_two_of_four_steps(tmp_path, monkeypatch, resumed, start, traced):
+    """Counted from the step gone on from; the last ones, where fewer are left than it waits for."""
+    tracing, seen = [False], []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: tracing.append(True))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: tracing.append(False))
+    window = ProfileWindow(tmp_path, start, 2)
+    window.open(resumed, 4)
+    for step in range(resumed + 1, 5):
+        seen += [step] if tracing[-1] else []
+        window.after_step(step, None)
+    assert seen == traced and not tracing[-1]
+
+
+def test_profile_is_written(tmp_path):
+    run_toy(tmp_path, 4, profile_num_steps=2)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
