@@ -47,24 +47,28 @@ def batch(sequences: int, length: int) -> list[str]:
     ]
 
 
-TABLES = ["--config.optimizer.adam_learning_rate=6e-3"]
+def tables(rate: float) -> list[str]:
+    return [f"--config.optimizer.adam_learning_rate={rate}"]
 
-# Around depth 4, vocabulary 4,096, Muon, 8 sequences of 256; each changes one thing but the last
-# two, which are for a longer comparison.
+
+BASE = depth(4) + tables(3e-3)
+
+# Around depth 4, vocabulary 4,096, Muon, 8 sequences of 256, tables at 3e-3; each changes one thing
+# but the last two, which are for a longer comparison. The recipe is the one before the last.
 VARIANTS = {
-    "depth 4": depth(4),
-    "depth 3": depth(3),
-    "depth 5": depth(5),
-    "vocabulary 2048": depth(4, 2048),
-    "vocabulary 8192": depth(4, 8192),
-    "adamw 3e-3": adamw(3e-3),
-    "batch 4": batch(4, 256),
-    "batch 16": batch(16, 256),
-    "length 512": batch(4, 512),
-    "muon 0.04": ["--config.optimizer.learning_rate=0.04"],
-    "tables 6e-3": TABLES,
-    "depth 3 + tables 6e-3": depth(3) + TABLES,
-    "depth 4 + tables 6e-3": depth(4) + TABLES,
+    "depth 4": BASE,
+    "depth 3": BASE + depth(3),
+    "depth 5": BASE + depth(5),
+    "vocabulary 2048": BASE + depth(4, 2048),
+    "vocabulary 8192": BASE + depth(4, 8192),
+    "adamw 3e-3": BASE + adamw(3e-3),
+    "batch 4": BASE + batch(4, 256),
+    "batch 16": BASE + batch(16, 256),
+    "length 512": BASE + batch(4, 512),
+    "muon 0.04": [*BASE, "--config.optimizer.learning_rate=0.04"],
+    "tables 6e-3": BASE + tables(6e-3),
+    "depth 3 + tables 6e-3": depth(3) + tables(6e-3),
+    "depth 4 + tables 6e-3": depth(4) + tables(6e-3),
 }
 
 

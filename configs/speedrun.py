@@ -25,8 +25,8 @@ def get_config(arg=None):
 
 
 def get_pretrain_config():
-    config = to_config_dict(PretrainConfig(total_steps=1200))
-    config.model = to_config_dict(from_depth(4, vocab_size=4096, max_length_tokens=256))
+    config = to_config_dict(PretrainConfig(total_steps=2000))
+    config.model = to_config_dict(from_depth(3, vocab_size=4096, max_length_tokens=256))
     config.data.sources = {
         "prose": _builder("english_prose"),
         "reviews": _builder("film_reviews"),
@@ -37,14 +37,14 @@ def get_pretrain_config():
     config.data.batch_sequences = 8
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 0.02
-    config.optimizer.adam_learning_rate = 3e-3
+    config.optimizer.adam_learning_rate = 6e-3
     config.schedule.name = "warmup_stable_decay"
     config.schedule.warmup_steps = 20
-    config.schedule.decay_steps = 600
+    config.schedule.decay_steps = 1000
     config.schedule.final_fraction = 0.0
-    config.evaluation.every_steps = 300
+    config.evaluation.every_steps = 500
     config.evaluation.max_sequences = 128
-    config.run.save_every_steps = 200
+    config.run.save_every_steps = 250
     return config
 
 

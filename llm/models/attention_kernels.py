@@ -45,9 +45,9 @@ def attend(
 
 
 def _choose(q: Queries, k: Keys, pattern: AttentionPattern, softcap: float | None) -> str:
-    """Return the fastest kernel that can do this on the default backend."""
-    training = q.shape[1] == k.shape[2] and isinstance(pattern.query_start, int)
-    backend = jax.default_backend()
+    """Return the fastest kernel that can do this on the platform compiled for."""
+    training = q.shape[1] == k.shape[2] and pattern.query_start is None
+    backend = _platform()
     if not training:
         return "xla"
     if backend == "gpu" and q.dtype != jnp.float32 and softcap is None and pattern.slopes is None:
@@ -55,6 +55,12 @@ def _choose(q: Queries, k: Keys, pattern: AttentionPattern, softcap: float | Non
     if backend == "tpu" and q.shape[1] % 128 == 0 and pattern.kind == "causal":
         return "splash" if pattern.slopes is None else "xla"
     return "blocked" if backend == "cpu" else "xla"
+
+
+def _platform() -> str:
+    """Return "cpu", "gpu" or "tpu": of the mesh in force, which may be of devices not here."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
 
 
 def _weights(logits, pattern: AttentionPattern, softcap, queries: slice, keys: slice):
@@ -107,7 +113,7 @@ def _attend_dense(q, k, v, pattern, softcap):
 def _attend_blocked(q, k, v, pattern, softcap):
     """Dense attention, a block of queries at a time, without the keys that none of it can see."""
     t, s = q.shape[1], k.shape[2]
-    if t != s or not isinstance(pattern.query_start, int):
+    if t != s or pattern.query_start is not None:
         return _attend_dense(q, k, v, pattern, softcap)
     grouped, blocks = _split_heads(q, k.shape[1]), []
     for start in range(0, t, BLOCK_TOKENS):
@@ -137,7 +143,7 @@ def _attend_cudnn(q, k, v, pattern, softcap):
     everything = slice(0, q.shape[1]), slice(0, k.shape[2])
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     plain = pattern.kind == "causal" and pattern.window is None and pattern.query_segments is None
-    if plain and isinstance(pattern.query_start, int):
+    if plain and pattern.query_start is None:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     mask = pattern.mask(*everything)
     if mask is not None:

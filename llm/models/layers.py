@@ -87,8 +87,9 @@ class Attention(nn.Module):
         pattern = inputs.patterns[self.kind]
         key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
         if cache is not None:
-            cache = cache.write(pattern.query_start, key, value)
-            if not isinstance(pattern.query_start, int):  # else empty before: these keys are all
+            start = pattern.query_start
+            cache = cache.write(0 if start is None else start, key, value)
+            if start is not None:  # else empty before: these keys are all
                 key, value = cache.key, cache.value
         out = attend(
             query,

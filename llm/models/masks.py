@@ -12,13 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 class AttentionPattern:
     """The rule by which query row t (at index `query_start` + t among the keys) sees key s.
 
+    Queries that are the keys' own rows have None there, which unlike a 0 is still known where
+    nn.remat has made every array abstract: the fast kernels are for them.
+
     Distances are differences of indices, so that packed documents, which stand side by side in a
     row, need no positions here; segments keep them apart, and segment 0 is padding.
     """
 
     kind: Literal["causal", "bidirectional", "prefix"] = flax.struct.field(pytree_node=False)
     window: int | None = flax.struct.field(pytree_node=False, default=None)
-    query_start: Int[Array, ""] | int = 0
+    query_start: Int[Array, ""] | int | None = None
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
     prefix: Bool[Array, "B S"] | None = None  # keys that every query of their document may see
@@ -26,7 +29,9 @@ class AttentionPattern:
 
     def distance(self, queries: slice, keys: slice) -> Int[Array, "T S"]:
         """Return how many tokens before the query each key stands, negative for later keys."""
-        q = self.query_start + jnp.arange(queries.start, queries.stop)[:, None]
+        q = jnp.arange(queries.start, queries.stop)[:, None]
+        if self.query_start is not None:
+            q = q + self.query_start
         return q - jnp.arange(keys.start, keys.stop)[None, :]
 
     def mask(self, queries: slice, keys: slice) -> Bool[Array, "#B T S"] | None:

@@ -3,8 +3,6 @@
 Imported only where it is asked for: Pallas's TPU modules are slow to load.
 """
 
-import functools
-
 import jax
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
@@ -36,7 +34,7 @@ def attend_splash(
     batch, length, heads, width = q.shape
     if pattern.slopes is not None or pattern.kind == "prefix":
         raise ValueError("attention_kernel='splash' has no ALiBi and no prefixes; use 'xla'")
-    if length != k.shape[2] or not isinstance(pattern.query_start, int):
+    if length != k.shape[2] or pattern.query_start is not None:
         raise ValueError("attention_kernel='splash' is for whole sequences; decode with 'auto'")
     if length % _LANES:
         raise ValueError(
@@ -67,7 +65,6 @@ def attend_splash(
     return local(q, k, v, segments).transpose(0, 2, 1, 3)
 
 
-@functools.lru_cache
 def _make_kernel(length, heads, kind, window, softcap, interpret):
     """Return the kernel of one sequence: its mask is compiled into which blocks are visited."""
     shape = (length, length)
@@ -90,12 +87,11 @@ def _make_kernel(length, heads, kind, window, softcap, interpret):
         block_q_dq=block,
         block_kv_dq=block,
     )
-    with jax.ensure_compile_time_eval():  # kept between traces, so made of no tracers
-        return splash.make_splash_mha(
-            splash.MultiHeadMask([mask] * heads),
-            block_sizes=blocks,
-            head_shards=1,
-            q_seq_shards=1,
-            attn_logits_soft_cap=softcap,
-            interpret=interpret,
-        )
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )

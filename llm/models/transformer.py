@@ -3,6 +3,7 @@
 Pure functions of (params, inputs): init_params, logical_axes, and Transformer.apply.
 """
 
+import dataclasses
 import functools
 from typing import no_type_check
 
@@ -119,9 +120,9 @@ class Transformer(nn.Module):
                 kind: AttentionPattern(
                     kind=c.attention,
                     window=c.sliding_window_tokens if kind == "local" else None,
-                    query_start=start,
-                    query_segments=segment_ids,
                     # a cache whose length is a plain 0 is known to be empty: look at nothing else
+                    query_start=None if isinstance(start, int) else start,
+                    query_segments=segment_ids,
                     key_segments=segment_ids if isinstance(start, int) else segments,
                     prefix=prefix,
                     slopes=jnp.asarray(alibi_slopes(c.num_heads))
@@ -233,6 +234,9 @@ def init_cache(
 
 
 def _init(model: Transformer, key: jax.Array) -> dict:
+    # on one token, for which the fused kernels are not made
+    plain = dataclasses.replace(model.compute, attention_kernel="xla", remat="none")
+    model = Transformer(model.config, plain)
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm.models import attention_kernels
 from llm.models.config import ComputeConfig, TransformerConfig
 from llm.models.transformer import Transformer, init_cache, init_params, logical_axes, param_shapes
 
@@ -106,6 +107,37 @@ def loss_and_gradient(config, compute, params, tokens):
         return jnp.sum(jax.nn.log_softmax(logits[..., : BASE.vocab_size])[..., 7])
 
     return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots", "dots_with_no_batch", "attention"])
+@pytest.mark.parametrize("unrolled", [True, False])
+def test_training_keeps_the_kernel_named_whatever_is_rematerialised(remat, unrolled, monkeypatch):
+    """Recomputation once hid that queries and keys begin together, and all went to dense."""
+    kernels, params = [], param_shapes(Transformer(BASE))
+
+    def attend_blocked(q, k, v, pattern, softcap):
+        kernels.append("blocked")
+        return q
+
+    def attend_dense(q, *rest):
+        kernels.append("dense")
+        return q
+
+    monkeypatch.setattr(attention_kernels, "_attend_dense", attend_dense)
+    monkeypatch.setattr(attention_kernels, "_attend_blocked", attend_blocked)
+    compute = ComputeConfig(attention_kernel="auto", remat=remat, unroll_layers=unrolled)
+    model = Transformer(BASE, compute)
+    tokens = jnp.ones((1, 8), jnp.int32)
+    jax.eval_shape(jax.grad(lambda p: model.apply({"params": p}, tokens).sum()), params)
+    assert set(kernels) == {"blocked"}  # what "auto" takes on a CPU, for whole sequences alone
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "splash"])
+def test_a_model_for_another_machine_is_made_here(kernel):
+    """Initialisation runs no kernel: shapes and axes are needed where there is no such chip."""
+    model = Transformer(BASE, ComputeConfig("bfloat16", kernel, remat="attention"))
+    assert param_shapes(model) == param_shapes(Transformer(BASE))
+    assert jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "dots", "dots_with_no_batch", "attention"])

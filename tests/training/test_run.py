@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from toy_loop import ToyBatches, run_toy, toy_state, toy_step
 
@@ -338,7 +339,7 @@ def test_profile_traces_two_of_four_steps(tmp_path, monkeypatch, resumed, start,
     tracing, seen = [False], []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: tracing.append(True))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: tracing.append(False))
-    window = ProfileWindow(tmp_path, start, 2)
+    window = ProfileWindow(epath.Path(tmp_path), start, 2)
     window.open(resumed, 4)
     for step in range(resumed + 1, 5):
         seen += [step] if tracing[-1] else []
