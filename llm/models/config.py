@@ -110,6 +110,39 @@ class TransformerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA: low-rank factors beside kernels inside layers; and how those kernels are stored.
+
+    Source: Hu et al. 2021, arXiv:2106.09685; Dettmers et al. 2023, arXiv:2305.14314 (QLoRA, without
+    its double quantisation).
+    """
+
+    rank: int = 0  # 0: no factors
+    alpha: float = 16.0  # the factors' product counts alpha / rank times
+    # Which of query, key, value, out, up, gate, down get factors.
+    targets: tuple[str, ...] = ("query", "key", "value", "out", "up", "gate", "down")
+    # Storage of all those kernels, then frozen: int8 with a scale an output, or 4-bit NormalFloat
+    # with a scale for each block of at most `block` inputs.
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    block: int = 64
+
+    def __post_init__(self):
+        _require(self.rank >= 0, f"adapter.rank={self.rank}: must not be negative")
+        _require(self.alpha > 0, f"adapter.alpha={self.alpha}: must be positive")
+        _require(self.block > 0, f"adapter.block={self.block}: must be positive")
+        for name in self.targets:
+            _require(
+                name in ADAPTED, f"adapter.targets has {name!r}; they are {', '.join(ADAPTED)}"
+            )
+        _require(
+            not self.rank or bool(self.targets), "adapter.targets is empty: nothing would be learnt"
+        )
+
+
+ADAPTED = ("query", "key", "value", "out", "up", "gate", "down")  # kernels inside layers
+
+
+@dataclasses.dataclass(frozen=True)
 class ComputeConfig:
     """How a transformer is computed: nothing here changes what it is."""
 

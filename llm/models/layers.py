@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from llm.models.attention_kernels import attend
-from llm.models.config import ComputeConfig, TransformerConfig
+from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
 from llm.models.masks import AttentionPattern
 from llm.models.norms import Norm
 from llm.models.positions import apply_rotary
@@ -52,6 +52,7 @@ class Attention(nn.Module):
 
     config: TransformerConfig
     compute: ComputeConfig
+    adapter: AdapterConfig
     kind: Literal["global", "local"]
 
     @nn.compact
@@ -63,7 +64,9 @@ class Attention(nn.Module):
 
         def project(name, spec, shape, axes, bias, residual=False):
             init = kernel_init(c, spec, shape, residual)
-            return Projection(spec, shape, axes, init, bias, dtype, name=name)
+            return Projection(
+                spec, shape, axes, init, bias, dtype, adapter=self.adapter, name=name
+            )
 
         bias = c.attention_bias != "none"
         query = project("query", "BTD,DNH->BTNH", (d, n, h), ("embed", "heads", "head_dim"), bias)(
@@ -110,6 +113,7 @@ class FeedForward(nn.Module):
 
     config: TransformerConfig
     compute: ComputeConfig
+    adapter: AdapterConfig
 
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
@@ -118,7 +122,9 @@ class FeedForward(nn.Module):
 
         def project(name, spec, shape, axes, residual=False):
             init = kernel_init(c, spec, shape, residual)
-            return Projection(spec, shape, axes, init, c.mlp_bias, dtype, name=name)
+            return Projection(
+                spec, shape, axes, init, c.mlp_bias, dtype, adapter=self.adapter, name=name
+            )
 
         up = project("up", "BTD,DF->BTF", (d, f), ("embed", "mlp"))(x)
         match c.activation:
@@ -144,6 +150,7 @@ class Layer(nn.Module):
 
     config: TransformerConfig
     compute: ComputeConfig
+    adapter: AdapterConfig
     kind: Literal["global", "local"]
 
     @nn.compact
@@ -153,8 +160,8 @@ class Layer(nn.Module):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         attention_norm = Norm(c.norm, c.norm_epsilon, dtype, name="attention_norm")
         mlp_norm = Norm(c.norm, c.norm_epsilon, dtype, name="mlp_norm")
-        attention = Attention(c, self.compute, self.kind, name="attention")
-        mlp = FeedForward(c, self.compute, name="mlp")
+        attention = Attention(c, self.compute, self.adapter, self.kind, name="attention")
+        mlp = FeedForward(c, self.compute, self.adapter, name="mlp")
 
         def dropout(y):
             return nn.Dropout(c.dropout_rate)(y, deterministic=inputs.deterministic)

@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from llm.models.config import ADAPTED, AdapterConfig
+from llm.models.quantization import dequantize_kernel, stored_shapes
+
 
 def fan_in(spec: str, shape: tuple[int, ...]) -> int:
     """Return how many inputs each output of an einsum like "BTD,DNH->BTNH" sums over."""
@@ -45,6 +48,9 @@ class Projection(nn.Module):
 
     Master weights are float32 (float64 when computing in it); the product is taken in `dtype`, and
     left in float32 where `float32_output` asks for it.
+
+    With an adapter the kernel may be stored quantised, and low-rank factors `lora_a` (inputs by
+    rank) and `lora_b` (rank by outputs) add alpha / rank · (x · a) · b; b begins at zero.
     """
 
     spec: str
@@ -54,23 +60,64 @@ class Projection(nn.Module):
     use_bias: bool = False
     dtype: jnp.dtype = jnp.float32
     float32_output: bool = False
+    adapter: AdapterConfig = AdapterConfig()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
-        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
-        kernel = self.param("kernel", init, self.shape, param_dtype)
+        x = x.astype(self.dtype)
         product = float32_product if self.float32_output else jnp.einsum
-        y = product(_in_kernel_order(self.spec), x.astype(self.dtype), kernel.astype(self.dtype))
+        y = product(_in_kernel_order(self.spec), x, self._kernel().astype(self.dtype))
+        if self.adapter.rank and self.name in self.adapter.targets:
+            y = y + self._low_rank(x)
         if not self.use_bias:
             return y
-        letters, output = self.spec.split("->")[0].split(",")[1], self.spec.split("->")[1]
-        kept = [i for i, letter in enumerate(letters) if letter in output]
-        init = nn.with_logical_partitioning(
-            nn.initializers.zeros_init(), tuple(self.axes[i] for i in kept)
-        )
-        bias = self.param("bias", init, tuple(self.shape[i] for i in kept), param_dtype)
+        _, outputs = _sides(self.spec)
+        bias = self._param("bias", nn.initializers.zeros_init(), outputs)
         return y + bias.astype(y.dtype)
+
+    def _kernel(self) -> jax.Array:
+        """Return the kernel, restored from how it is stored."""
+        inputs, outputs = _sides(self.spec)
+        if self.adapter.quantize == "none" or self.name not in ADAPTED:
+            return self._param("kernel", self.kernel_init, inputs + outputs)
+        stored = {}
+        for name, like in stored_shapes(self.adapter, self.shape, len(inputs)).items():
+            # Zero until `adapt_params` stores another model's kernel here.
+            axes = tuple(a if n > 1 else None for a, n in zip(self.axes, like.shape, strict=True))
+            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
+            stored[name] = self.param(name, init, like.shape, like.dtype)
+        return dequantize_kernel(stored)
+
+    def _low_rank(self, x: jax.Array) -> jax.Array:
+        """Return alpha / rank · (x · a) · b."""
+        inputs, outputs = _sides(self.spec)
+        bound = fan_in(self.spec, self.shape) ** -0.5  # as PEFT begins
+        uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
+        a = self._param("lora_a", uniform, inputs + "R")
+        b = self._param("lora_b", nn.initializers.zeros_init(), "R" + outputs)
+        x_letters, y_letters = self.spec.split(",")[0], self.spec.split("->")[1]
+        rows = "".join(letter for letter in x_letters if letter not in inputs)
+        into = _in_kernel_order(f"{x_letters},{inputs}R->{rows}R")
+        out_of = _in_kernel_order(f"{rows}R,R{outputs}->{y_letters}")
+        low = jnp.einsum(into, x, a.astype(self.dtype))
+        y = jnp.einsum(out_of, low, b.astype(self.dtype))
+        return y * jnp.asarray(self.adapter.alpha / self.adapter.rank, y.dtype)
+
+    def _param(self, name: str, init: Callable[..., jax.Array], letters: str) -> jax.Array:
+        """Return a parameter over letters of the kernel, and R for the rank."""
+        kernel = "".join(_sides(self.spec))
+        sizes = dict(zip(kernel, self.shape, strict=True)) | {"R": self.adapter.rank}
+        axes = dict(zip(kernel, self.axes, strict=True)) | {"R": None}
+        boxed = nn.with_logical_partitioning(init, tuple(axes[n] for n in letters))
+        dtype = jnp.promote_types(jnp.float32, self.dtype)
+        return self.param(name, boxed, tuple(sizes[n] for n in letters), dtype)
+
+
+def _sides(spec: str) -> tuple[str, str]:
+    """Return the kernel's letters that are summed over, and those of the output, in its order."""
+    x, kernel = spec.split("->")[0].split(",")
+    inputs = "".join(letter for letter in kernel if letter in x)
+    return inputs, kernel.removeprefix(inputs)
 
 
 def _in_kernel_order(spec: str) -> str:

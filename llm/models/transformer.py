@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from llm.models.config import ComputeConfig, TransformerConfig
+from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
 from llm.models.layers import Hidden, Layer, LayerCache, LayerInputs
 from llm.models.masks import AttentionPattern
 from llm.models.norms import Norm
@@ -39,6 +39,7 @@ class Cycle(nn.Module):
 
     config: TransformerConfig
     compute: ComputeConfig
+    adapter: AdapterConfig
 
     @nn.compact
     def __call__(self, x: Hidden, caches: dict[str, LayerCache] | None, inputs: LayerInputs):
@@ -46,7 +47,8 @@ class Cycle(nn.Module):
         for j, kind in enumerate(self.config.cycle_layers):
             name = f"layer_{j}"
             cache = None if caches is None else caches[name]
-            x, updated[name] = Layer(self.config, self.compute, kind, name=name)(x, inputs, cache)
+            layer = Layer(self.config, self.compute, self.adapter, kind, name=name)
+            x, updated[name] = layer(x, inputs, cache)
         return x, updated
 
 
@@ -55,6 +57,7 @@ class Transformer(nn.Module):
 
     config: TransformerConfig
     compute: ComputeConfig = ComputeConfig()
+    adapter: AdapterConfig = AdapterConfig()
 
     def setup(self):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
@@ -65,7 +68,7 @@ class Transformer(nn.Module):
             self.position_embedder = Embedder(c.max_length_tokens, c.width, axes, std)
         for i, kind in enumerate(c.prefix_layers):
             layer = _rematerialise(Layer, self.compute, scanned=False)
-            setattr(self, f"prefix_{i}", layer(c, self.compute, kind))
+            setattr(self, f"prefix_{i}", layer(c, self.compute, self.adapter, kind))
         unrolled = self.compute.unroll_layers
         if c.num_cycles:  # none once `unstack` has made every layer a prefix layer
             self.cycle = nn.scan(
@@ -76,7 +79,7 @@ class Transformer(nn.Module):
                 length=c.num_cycles,
                 unroll=c.num_cycles if unrolled else 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c, self.compute)
+            )(c, self.compute, self.adapter)
         if c.norm_placement == "pre":
             self.final_norm = Norm(c.norm, c.norm_epsilon, dtype)
         self.embedding_dropout = nn.Dropout(c.dropout_rate)
@@ -236,7 +239,7 @@ def init_cache(
 def _init(model: Transformer, key: jax.Array) -> dict:
     # on one token, for which the fused kernels are not made
     plain = dataclasses.replace(model.compute, attention_kernel="xla", remat="none")
-    model = Transformer(model.config, plain)
+    model = Transformer(model.config, plain, model.adapter)
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 

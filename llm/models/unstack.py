@@ -15,18 +15,18 @@ from llm.parallel.rules import constrain
 def unstacked(model: Transformer) -> Transformer:
     """Return the same model with all its layers in the prefix; see `unstack` for its parameters."""
     config = dataclasses.replace(model.config, prefix_layers=model.config.layer_kinds)
-    return Transformer(config, dataclasses.replace(model.compute, remat="none"))
+    return Transformer(config, dataclasses.replace(model.compute, remat="none"), model.adapter)
 
 
 def unstack(model: Transformer, params: dict) -> dict:
     """Return the parameters of `unstacked(model)`, in the compute dtype and gathered over fsdp.
 
-    Norms keep float32, as in the model itself. To be called once, before a loop over tokens; of an
+    Norms and quantised kernels keep their types, as in the model itself. To be called once, before a loop over tokens; of an
     unstacked model the parameters come back as they are. NumPy arrays stay on the host.
     """
     config, dtype = model.config, jnp.dtype(model.compute.dtype)
     params = jax.tree_util.tree_map_with_path(
-        lambda path, x: x if _is_norm(path) else x.astype(dtype, copy=False), params
+        lambda path, x: x if _keeps_type(path) else x.astype(dtype, copy=False), params
     )
     if not jax.sharding.get_abstract_mesh().empty:
         # else every token would gather every weight again
@@ -41,9 +41,10 @@ def unstack(model: Transformer, params: dict) -> dict:
     return flat
 
 
-def _is_norm(path) -> bool:
-    """Whether a parameter belongs to a norm, which computes in float32 whatever the dtype."""
-    return any(str(getattr(entry, "key", "")).endswith("norm") for entry in path)
+def _keeps_type(path) -> bool:
+    """Whether a parameter is of a norm, which computes in float32, or of a quantised kernel."""
+    names = [str(getattr(entry, "key", "")) for entry in path]
+    return any(name.endswith("norm") for name in names) or names[-1].startswith("kernel_")
 
 
 def _gather(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
