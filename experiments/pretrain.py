@@ -29,7 +29,7 @@ from llm.training.optimizers import make_optimizer
 from llm.training.run import Run
 from llm.training.run_config import check_config
 from llm.training.schedules import make_schedule
-from llm.training.state import TrainState, init_state, state_shardings
+from llm.training.state import TrainState, averaged_params, init_state, state_shardings
 from llm.training.step import make_train_step
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
@@ -120,7 +120,7 @@ def make_evaluation(config: PretrainConfig, model: Transformer, mesh, tokenizer,
     generator = Generator(model, tokenizer, sampling) if config.evaluation.prompts else None
 
     def evaluate(run: Run, state: TrainState) -> None:
-        params = state.params if state.ema_params is None else state.ema_params
+        params = averaged_params(state)
         metrics = score_splits(
             score_step,
             params,

@@ -39,7 +39,7 @@ def adapt_params(model: Transformer, params: dict, key: Key[Array, ""]) -> dict:
 
 
 def merge_params(model: Transformer, params: dict) -> dict:
-    """Return the parameters of the same model without its adapter: kernel + alpha / rank · a · b."""
+    """Return parameters of the same model without its adapter: kernel + alpha / rank · a · b."""
     scale = model.adapter.alpha / max(1, model.adapter.rank)
 
     def one(node: Any) -> Any:

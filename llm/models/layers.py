@@ -64,9 +64,7 @@ class Attention(nn.Module):
 
         def project(name, spec, shape, axes, bias, residual=False):
             init = kernel_init(c, spec, shape, residual)
-            return Projection(
-                spec, shape, axes, init, bias, dtype, adapter=self.adapter, name=name
-            )
+            return Projection(spec, shape, axes, init, bias, dtype, adapter=self.adapter, name=name)
 
         bias = c.attention_bias != "none"
         query = project("query", "BTD,DNH->BTNH", (d, n, h), ("embed", "heads", "head_dim"), bias)(

@@ -5,6 +5,7 @@ Pure functions of (params, inputs): init_params, logical_axes, and Transformer.a
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import no_type_check
 
 import flax.linen as nn
@@ -193,7 +194,11 @@ class Embedder(nn.Module):
         return float32_product("BTD,VD->BTV", hidden, self.embedding.astype(hidden.dtype))
 
 
-def init_params(model: Transformer, key: jax.Array) -> dict:
+# A Transformer, a ScalarModel, or several of them by name, whose parameters are trees by name.
+Model = nn.Module | Mapping[str, nn.Module]
+
+
+def init_params(model: Model, key: jax.Array) -> dict:
     """Return freshly initialised parameters as a plain nested dict of float32 arrays."""
     # unboxed: boxed axis names would be shifted silently by a vmap over seeds
     return nn.unbox(_init(model, key))
@@ -205,14 +210,14 @@ def head_params(config: TransformerConfig, params: dict) -> dict:
     return {name: params[name]}
 
 
-def logical_axes(model: Transformer) -> dict:
+def logical_axes(model: Model) -> dict:
     """Return, for each parameter, the tuple of its dimensions' logical names."""
     boxed = jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
     is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
     return jax.tree.map(lambda box: box.names, boxed, is_leaf=is_box)
 
 
-def param_shapes(model: Transformer) -> dict:
+def param_shapes(model: Model) -> dict:
     """Return the tree of jax.ShapeDtypeStructs of the model's parameters; allocates nothing."""
     return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
 
@@ -236,11 +241,13 @@ def init_cache(
     return Cache(layers, jnp.zeros((batch, length_tokens), jnp.int32), 0)
 
 
-def _init(model: Transformer, key: jax.Array) -> dict:
+def _init(model: Model, key: jax.Array) -> dict:
+    if isinstance(model, Mapping):
+        keys = jax.random.split(key, len(model))
+        return {name: _init(model[name], k) for name, k in zip(sorted(model), keys, strict=True)}
     # on one token, for which the fused kernels are not made
     plain = dataclasses.replace(model.compute, attention_kernel="xla", remat="none")
-    model = Transformer(model.config, plain, model.adapter)
-    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return model.clone(compute=plain).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def _rematerialise(module, compute: ComputeConfig, *, scanned: bool):

@@ -36,6 +36,28 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainableConfig:
+    """Which parameters learn, and how fast: globs over names such as layers/3/attention/*.
+
+    Source: layer-wise rates are Howard & Ruder 2018, arXiv:1801.06146, section 3.2; with the decay
+    a layer of Clark et al. 2020 (ELECTRA), arXiv:2003.10555, appendix B.
+    """
+
+    train: tuple[str, ...] = ()  # empty: all; or, with an adapter, its factors and scalar heads
+    freeze: tuple[str, ...] = ()  # of those
+    # Learning rates by pattern, as factors; where several match they multiply.
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)
+    layer_decay: float = 1.0  # rate of a layer over that of the one above; the head's is 1
+
+    def __post_init__(self):
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"trainable.layer_decay={self.layer_decay}: must be in (0, 1]")
+        for pattern, factor in self.rates.items():
+            if factor < 0:
+                raise ValueError(f"trainable.rates has {pattern!r}={factor}: must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
     """How the learning rate moves: a linear warm-up, then a shape. Lengths: steps or tokens."""
 

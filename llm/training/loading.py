@@ -10,10 +10,10 @@ import numpy as np
 from etils import epath
 
 from llm.training import manifests
-from llm.training.digests import array_digests, named_leaves
+from llm.training.digests import array_digests, combine_digests, named_leaves
 from llm.training.files import absolute
 from llm.training.manifests import CHECKPOINTS, CorruptStepError, list_steps, shorten
-from llm.training.stored_arrays import below, nest, params_digest, read_arrays
+from llm.training.stored_arrays import nest, read_arrays
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +27,23 @@ class LoadedParams(NamedTuple):
 
 
 def load_params(
-    workdir: epath.PathLike, step: int | None = None, *, ema: bool = False, shardings: Any = None
+    workdir: epath.PathLike,
+    step: int | None = None,
+    *,
+    part: str = "",
+    ema: bool = False,
+    shardings: Any = None,
 ) -> LoadedParams:
     """Return the parameters of a step (by default the newest good one), every bit verified.
 
     They are NumPy arrays on the host, or lie on devices where `shardings` is given: one sharding
-    for all, or a tree of them like the parameters. `ema` takes the averaged ones.
+    for all, or a tree of them like the parameters. `part` takes one model of several ("policy");
+    `ema` takes the averages of those that were trained.
 
     Raises:
       FileNotFoundError: the workdir has no such step.
       CorruptStepError: the step asked for is bad, or every step is.
-      ValueError: averaged parameters are asked for and the run kept none.
+      ValueError: a part or averages are asked for that the run does not have.
     """
     workdir = absolute(workdir)
     steps = list_steps(workdir)
@@ -48,7 +54,7 @@ def load_params(
     for candidate in reversed(steps) if step is None else [step]:
         path = workdir / CHECKPOINTS / str(candidate)
         try:
-            return _load_step(path, "ema_params" if ema else "params", shardings)
+            return _load_step(path, part, ema, shardings)
         except CorruptStepError as error:
             problems.append(f"step {candidate}: {error}")
             if step is None:
@@ -56,33 +62,46 @@ def load_params(
     raise CorruptStepError(f"{workdir} has no good checkpoint to load: {shorten(problems)}")
 
 
-def _load_step(path: epath.Path, subtree: str, shardings: Any) -> LoadedParams:
+def _load_step(path: epath.Path, part: str, ema: bool, shardings: Any) -> LoadedParams:
     manifest = manifests.read_manifest(path)
-    prefix = f"{subtree}/"
-    stored = {name: x for name, x in manifest["arrays"].items() if name.startswith(prefix)}
-    if not stored:
-        raise ValueError(f"{path} holds no {subtree}; it holds {_top_level(manifest)}")
-    wanted = _targets(stored, prefix, shardings)
+    full_names = _full_names(manifest, "params", part)
+    if ema:  # the average is of what was trained; the rest is as ever
+        full_names |= _full_names(manifest, "ema_params", part)
+    wanted = _targets(
+        {name: manifest["arrays"][full] for name, full in full_names.items()}, shardings
+    )
     # All files, though the parameters fill a part of them: whoever trusts these parameters trusts
     # the step, and should hear that something of it is damaged.
     problems = manifests.check_files(path, manifest)
     if problems:
         raise CorruptStepError(shorten(problems))
-    read = read_arrays(path, wanted)
+    read = read_arrays(path, {full: wanted[name] for name, full in full_names.items()})
     digests = array_digests(read)
     problems = manifests.check_arrays(manifest, digests)
     if problems:
         raise CorruptStepError(shorten(problems))
     return LoadedParams(
-        nest(below(read, prefix)), manifest["step"], params_digest(digests, subtree) or ""
+        nest({name: read[full] for name, full in full_names.items()}),
+        manifest["step"],
+        combine_digests({name: digests[full] for name, full in full_names.items()}),
     )
 
 
-def _top_level(manifest: dict[str, Any]) -> list[str]:
-    return sorted({name.split("/")[0] for name in manifest["arrays"]})
+def _full_names(manifest: dict[str, Any], subtree: str, part: str) -> dict[str, str]:
+    """Return {path below the subtree's part: path in the state}.
+
+    Raises:
+      ValueError: there is nothing.
+    """
+    prefix = "/".join(filter(None, (subtree, part))) + "/"
+    found = {full[len(prefix) :]: full for full in manifest["arrays"] if full.startswith(prefix)}
+    if not found:
+        top = sorted({name.split("/")[0] for name in manifest["arrays"]})
+        raise ValueError(f"step {manifest['step']} holds no {prefix.rstrip('/')}; it holds {top}")
+    return found
 
 
-def _targets(stored: dict[str, Any], prefix: str, shardings: Any) -> dict[str, Any]:
+def _targets(stored: dict[str, Any], shardings: Any = None) -> dict[str, Any]:
     """Return what each stored array is to become: NumPy on the host, or placed by a sharding."""
     if shardings is None:
         # A zero-stride view: it tells shape and type and holds no memory.
@@ -91,19 +110,17 @@ def _targets(stored: dict[str, Any], prefix: str, shardings: Any) -> dict[str, A
             for name, x in stored.items()
         }
     if isinstance(shardings, jax.sharding.Sharding):
-        by_name = {name[len(prefix) :]: shardings for name in stored}
+        by_name = dict.fromkeys(stored, shardings)
     else:
         by_name = named_leaves(shardings)
-    missing = [name for name in stored if name[len(prefix) :] not in by_name]
+    missing = [name for name in stored if name not in by_name]
     if missing or len(by_name) != len(stored):
         raise ValueError(
             f"shardings name {len(by_name)} arrays and the checkpoint holds {len(stored)}"
             + (f"; there is none for {shorten(missing)}" if missing else "")
         )
     return {
-        name: jax.ShapeDtypeStruct(
-            tuple(x["shape"]), x["dtype"], sharding=by_name[name[len(prefix) :]]
-        )
+        name: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"], sharding=by_name[name])
         for name, x in stored.items()
     }
 
@@ -138,7 +155,7 @@ def _verify_step(path: epath.Path, ledger_row: dict[str, Any] | None) -> StepRep
     problems = manifests.check_files(path, manifest)
     if not problems:
         # One array at a time: an audit should not need the memory of a whole state.
-        for name, wanted in _targets(manifest["arrays"], "", None).items():
+        for name, wanted in _targets(manifest["arrays"]).items():
             read = read_arrays(path, {name: wanted})
             problems += manifests.check_arrays(manifest, array_digests(read))
     if ledger_row is not None:

@@ -4,6 +4,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from llm.models.adapters import is_factor
 from llm.training.config import OptimizerConfig
 
 _STACKED = "cycle"  # the subtree whose arrays carry the layers on axis 0
@@ -95,9 +96,9 @@ def muon_dimensions(axes: dict) -> dict:
 
 
 def _decays(path, embeddings: bool) -> bool:
-    """Kernels decay; scales and biases do not; embeddings as asked."""
+    """Kernels and their low-rank factors decay; scales and biases do not; embeddings as asked."""
     name = path[-1].key
-    return name == "kernel" or (name == "embedding" and embeddings)
+    return name == "kernel" or is_factor(name) or (name == "embedding" and embeddings)
 
 
 def _is_axes(x) -> bool:

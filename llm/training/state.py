@@ -9,8 +9,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
-from llm.models.transformer import Transformer, init_params, logical_axes, param_shapes
+from llm.models.transformer import Model, init_params, logical_axes, param_shapes
 from llm.parallel.rules import make_shardings
+from llm.training.trainable import Rates, overlay, split
 
 
 @no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
@@ -21,32 +22,39 @@ class TrainState:
     step: Int[Array, ""]
     params: dict
     opt_state: Any
-    ema_params: dict | None
+    ema_params: dict | None  # of what is trainable
     rng: UInt32[Array, " 2"]  # key data; a step's key is folded from it, so it never moves
     cursor: UInt32[Array, ""]  # global sequences consumed
     skipped_in_a_row: Int[Array, ""]  # steps whose gradient was not finite
 
 
 def init_state(
-    model: Transformer,
+    model: Model,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     seed: int,
     *,
     ema: bool = False,
     params: dict | None = None,
+    rates: Rates | None = None,
 ) -> TrainState:
-    """Return a fresh state, each array made on its own devices; `params` replace random ones."""
+    """Return a fresh state, each array made on its own devices; `params` replace random ones.
+
+    Optimizer and average are of the parameters that `rates` (see `make_rates`) let learn.
+    """
 
     def fresh(key, given):
-        return _new_state(init_params(model, key) if given is None else given, optimizer, key, ema)
+        params = init_params(model, key) if given is None else given
+        return _new_state(params, optimizer, key, ema, rates)
 
     key = jax.random.key(seed)
-    shardings = state_shardings(model, optimizer, mesh, ema=ema)
+    shardings = state_shardings(model, optimizer, mesh, ema=ema, rates=rates)
     return jax.jit(fresh, out_shardings=shardings)(key, params)
 
 
-def state_shardings(model, optimizer, mesh: Mesh, *, ema: bool = False) -> TrainState:
+def state_shardings(
+    model: Model, optimizer, mesh: Mesh, *, ema: bool = False, rates: Rates | None = None
+) -> TrainState:
     """Return the sharding of every array of the state, by the table of rules.
 
     Optimizer arrays shaped like a parameter lie as it does; the rest is replicated.
@@ -72,16 +80,22 @@ def state_shardings(model, optimizer, mesh: Mesh, *, ema: bool = False) -> Train
         return replicated
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(lambda p, k: _new_state(p, optimizer, k, ema), shapes, key)
+    state = jax.eval_shape(lambda p, k: _new_state(p, optimizer, k, ema, rates), shapes, key)
     return jax.tree_util.tree_map_with_path(lies, state)
 
 
-def _new_state(params, optimizer, key, ema: bool) -> TrainState:
+def averaged_params(state: TrainState) -> dict:
+    """Return the parameters with the moving average in place of those that have one."""
+    return state.params if state.ema_params is None else overlay(state.params, state.ema_params)
+
+
+def _new_state(params, optimizer, key, ema: bool, rates: Rates | None) -> TrainState:
+    trainable, _ = split(params, rates)
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        opt_state=optimizer.init(params),
-        ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+        opt_state=optimizer.init(trainable),
+        ema_params=jax.tree.map(jnp.copy, trainable) if ema else None,
         rng=jax.random.key_data(key),
         cursor=jnp.uint32(0),
         skipped_in_a_row=jnp.int32(0),

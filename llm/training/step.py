@@ -1,6 +1,7 @@
 """The jitted training step of every stage: (state, batch) → (state, metrics). Second floor."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,21 @@ from llm.parallel.rules import batch_sharding
 from llm.training.config import OptimizerConfig
 from llm.training.schedules import Schedule
 from llm.training.state import TrainState
+from llm.training.trainable import Rates, overlay, split
 
 Batch = dict[str, Array]
 Sums = dict[str, Float[Array, ""]]
-# (params, batch, key) → the objective summed over the batch; sums to report, with "tokens"
+# (params, batch, key) → the objective summed over the batch; sums to report, with what they count
 LossFn = Callable[[dict, Batch, Array], tuple[Float[Array, ""], Sums]]
+
+
+@no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
+class Learnt(NamedTuple):
+    """What an update changes."""
+
+    params: dict
+    opt_state: Any
+    ema_params: dict | None
 
 
 def make_train_step(
@@ -29,48 +40,82 @@ def make_train_step(
     mesh: Mesh,
     *,
     accumulate_steps: int = 1,
+    rates: Rates | None = None,
+    count: str = "tokens",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Return the jitted step. It donates the state, and takes this host's slice of the batch.
 
-    A step whose loss or gradient is not finite leaves parameters, optimizer and EMA untouched and
-    counts itself in `skipped_in_a_row`; the step number and the data cursor move on.
+    Sums are divided by the one named `count`. A step whose loss or gradient is not finite leaves
+    parameters, optimizer and EMA untouched and counts itself in `skipped_in_a_row`; the step number
+    and the data cursor move on.
     """
+    apply_gradients = make_apply_gradients(optimizer, config, rates)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         cursor = batch["cursor"]
         arrays = {name: x for name, x in batch.items() if name != "cursor"}
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        grads, objective, sums = _accumulate(loss_fn, state.params, arrays, key, accumulate_steps)
-        tokens = jnp.maximum(sums["tokens"], 1.0)  # a batch of padding must not divide by zero
-        norm = optax.tree.norm(grads) / tokens
-        scale = (
-            1.0 if config.clip_norm is None else jnp.minimum(1.0, config.clip_norm / (norm + 1e-6))
+        trainable, frozen = split(state.params, rates)
+        grads, objective, sums = accumulate(
+            lambda part, *rest: loss_fn(overlay(frozen, part), *rest),
+            trainable,
+            arrays,
+            key,
+            accumulate_steps,
         )
-        grads = jax.tree.map(lambda g: g * (scale / tokens), grads)
         learning_rate = config.learning_rate * schedule(state.step)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
-        ema = _moving_average(state.ema_params, params, config.ema_decay)
-        finite = jnp.isfinite(objective) & jnp.isfinite(norm)
-        params, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state, ema),
-            (state.params, state.opt_state, state.ema_params),
-        )
+        total = jnp.maximum(sums[count], 1.0)  # a batch of padding must not divide by zero
+        learnt = Learnt(trainable, state.opt_state, state.ema_params)
+        learnt, norm, finite = apply_gradients(learnt, grads, total, objective, learning_rate)
         skipped = jnp.where(finite, 0, state.skipped_in_a_row + 1)
-        state = TrainState(state.step + 1, params, opt_state, ema, state.rng, cursor, skipped)
-        metrics = {f"train/{k}": v / tokens for k, v in sums.items() if k != "tokens"}
+        metrics = {f"train/{k}": v / total for k, v in sums.items() if k != count}
         metrics |= {
-            "train/tokens": sums["tokens"],
+            f"train/{count}": sums[count],
             "train/grad_norm": norm,
             "train/learning_rate": learning_rate,
             "train/skipped_in_a_row": skipped,
         }
+        params = overlay(frozen, learnt.params)
+        state = TrainState(
+            state.step + 1, params, learnt.opt_state, learnt.ema_params, state.rng, cursor, skipped
+        )
         return state, metrics
 
     replicated = NamedSharding(mesh, PartitionSpec())
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
     return lambda state, batch: jitted(state, place_batch(batch, mesh))
+
+
+def make_apply_gradients(
+    optimizer: optax.GradientTransformation, config: OptimizerConfig, rates: Rates | None = None
+) -> Callable[..., tuple[Learnt, Array, Array]]:
+    """Return (learnt, summed gradients, count, objective, learning rate) → (learnt, norm, finite).
+
+    Clips by the global norm of the mean gradient, and changes nothing unless objective and norm are
+    finite.
+    """
+
+    def apply(learnt: Learnt, grads, total, objective, learning_rate):
+        factors = None if rates is None else split(rates, rates)[0]
+        if factors is not None:  # layers frozen among stacked ones must not count in the norm
+            grads = jax.tree.map(lambda g, r: jnp.where(np.asarray(r) > 0, g, 0), grads, factors)
+        norm = optax.tree.norm(grads) / total
+        scale = (
+            1.0 if config.clip_norm is None else jnp.minimum(1.0, config.clip_norm / (norm + 1e-6))
+        )
+        grads = jax.tree.map(lambda g: g * (scale / total), grads)
+        updates, opt_state = optimizer.update(grads, learnt.opt_state, learnt.params)
+        if factors is not None:
+            updates = jax.tree.map(lambda u, r: u * np.asarray(r, u.dtype), updates, factors)
+        params = jax.tree.map(lambda p, u: p + learning_rate * u, learnt.params, updates)
+        ema = _moving_average(learnt.ema_params, params, config.ema_decay)
+        finite = jnp.isfinite(objective) & jnp.isfinite(norm)
+        changed = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), Learnt(params, opt_state, ema), learnt
+        )
+        return changed, norm, finite
+
+    return apply
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
@@ -83,7 +128,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     }
 
 
-def _accumulate(loss_fn, params, batch: Batch, key, accumulate_steps: int):
+def accumulate(loss_fn: LossFn, params: dict, batch: Batch, key: Array, accumulate_steps: int):
     """Return gradients, objective and sums over microbatches, summed and not yet divided."""
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate_steps == 1:

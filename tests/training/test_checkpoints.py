@@ -308,6 +308,14 @@ def test_load_params(workdir):
         load_params(workdir, step=7)
 
 
+def test_load_a_part_of_the_parameters(workdir):
+    layers = load_params(workdir, part="layers")
+    assert_same_bits(layers.params, jax.tree.map(np.asarray, state_at(2).params["layers"]))
+    assert layers.digest == tree_digest(state_at(2).params["layers"])
+    with pytest.raises(ValueError, match="holds no params/policy"):
+        load_params(workdir, part="policy")
+
+
 def test_load_params_on_devices(workdir):
     mesh = jax.make_mesh((8,), ("fsdp",))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -318,7 +326,7 @@ def test_load_params_on_devices(workdir):
     params = load_params(workdir, shardings=tree).params
     assert_same_bits(params, state_at(2).params)
     assert params["kernel"].sharding == by_rows
-    with pytest.raises(ValueError, match="none for params/layers/scale"):
+    with pytest.raises(ValueError, match="none for layers/scale"):
         load_params(workdir, shardings={"kernel": by_rows})
 
 
