@@ -50,7 +50,10 @@ def describe(config: DataConfig, prepared: Prepared) -> dict:
         for name, documents in splits.items():
             seed = config.seed if split == "train" else 0  # as the loader's
             plan = load_pack_plan(
-                documents.num_pairs, config.length_tokens, seed, documents.path / "plans"
+                documents.packed_pairs(config.length_tokens),
+                config.length_tokens,
+                seed,
+                documents.path / "plans",
             )
             counts = prepared.report[split][name]
             report[split][name] = {

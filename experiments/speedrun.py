@@ -82,7 +82,10 @@ def prepare_data(recipe: PretrainConfig, tokenizer: Tokenizer) -> dict:
     facts = {}
     for name, split in prepared.train.items():
         plan = load_pack_plan(
-            split.num_pairs, recipe.data.length_tokens, recipe.data.seed, split.path / "plans"
+            split.packed_pairs(recipe.data.length_tokens),
+            recipe.data.length_tokens,
+            recipe.data.seed,
+            split.path / "plans"
         )
         held_out = prepared.validation[name]
         facts[name] = {

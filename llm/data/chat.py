@@ -4,16 +4,21 @@ Templates come with tokenizers, from anywhere: they run without access to Python
 import datetime
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 
 Messages = Sequence[Mapping[str, Any]]  # {"role": …, "content": …}, and what the template reads
+
+# Unicode noncharacters, never assigned: "for internal use".
+MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 # The template of tokenizers trained here: a role's marker, the content, the end token.
 DEFAULT_CHAT_TEMPLATE = """\
@@ -66,8 +71,87 @@ def render_template(
         raise ChatError(f"the chat template cannot render these messages: {error}") from error
 
 
+def render_with_spans(
+    template: str, messages: Messages, **variables: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of a conversation, and from where to where in it the assistant speaks.
+
+    Templates say so with `{% generation %}`. Without it a turn begins where the conversation before
+    it ends with `add_generation_prompt`, and ends with the conversation up to it, less white space
+    after an end token.
+
+    Raises:
+      ChatError: the template is broken, refuses the messages, or renders the start of this
+        conversation otherwise than alone, so that the turns cannot be told apart.
+    """
+    if _GENERATION.search(template):
+        texts = "".join(text for message in messages for text in strings(message))
+        begin, end = [mark for mark in MARKS if mark not in texts][-2:]
+        text = render_template(template, messages, **variables, **{_MARKS: (begin, end)})
+        return _without_marks(text, begin, end)
+    text, spans = render_template(template, messages, **variables), []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = ""
+        if i:
+            before = render_template(
+                template, messages[:i], add_generation_prompt=True, **variables
+            )
+        through = render_template(template, messages[: i + 1], **variables)
+        if not text.startswith(through) or not through.startswith(before):
+            raise ChatError(
+                f"turn {i + 1}: the chat template renders a conversation otherwise when it goes "
+                "on; mark what the assistant says with {% generation %} … {% endgeneration %}"
+            )
+        end_token = variables.get("eos_token")
+        said = through.rstrip() if end_token and through.rstrip().endswith(end_token) else through
+        spans.append((len(before), len(said)))
+    return text, spans
+
+
+def strings(value: Any) -> Iterable[str]:
+    """Yield every text in a message."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from strings(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from strings(item)
+
+
+def map_strings(value: Any, function: Callable[[str], str]) -> Any:
+    """Return a message with every text in it replaced."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_strings(item, function) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [map_strings(item, function) for item in value]
+    return value
+
+
+def _without_marks(text: str, begin: str, end: str) -> tuple[str, list[tuple[int, int]]]:
+    pieces, spans, length = [], [], 0
+    for piece in re.split(f"([{begin}{end}])", text):
+        if piece == begin:
+            start = length
+        elif piece == end:
+            spans.append((start, length))
+        else:
+            pieces.append(piece)
+            length += len(piece)
+    return "".join(pieces), spans
+
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_MARKS = "_marks_of_generation"
+
+
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant says; for the text it changes nothing."""
+    """`{% generation %}` marks what the assistant says; the text is changed only where asked."""
 
     tags = {"generation"}
 
@@ -75,7 +159,12 @@ class _GenerationTag(jinja2.ext.Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         # A block of its own scope, as in transformers: assignments inside do not leak out.
-        return jinja2.nodes.Scope(body).set_lineno(line)
+        call = self.call_method("_said", [jinja2.nodes.ContextReference()])
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _said(self, context: jinja2.runtime.Context, caller: jinja2.runtime.Macro) -> str:
+        begin, end = context.get(_MARKS, ("", ""))
+        return begin + caller() + end
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 SourceKind = Literal["tfds", "files", "huggingface"]
 TokenizerKind = Literal["train", "file", "bytes", "gpt2"]
 Packing = Literal["global", "online"]
+RowFormat = Literal["text", "messages", "prompt_response"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,17 @@ class SourceConfig:
     validation_split: str = ""
     # Share of groups held out, chosen by a hash of the group: stable when documents are added.
     validation_fraction: float = 0.02
+    # A row is a text; a list of chat turns; or a prompt and its response. Of a conversation only
+    # the assistant's turns are learnt.
+    format: RowFormat = "text"
     text_field: str = "text"
+    messages_field: str = "messages"
+    prompt_field: str = "prompt"
+    context_field: str = ""  # what the prompt is about, put below it; "" = nothing
+    response_field: str = "response"
+    system_message: str = ""  # before conversations that have none
     # Field that names what must not be cut by a split (a work, a film, a package);
-    # "" = each document by itself.
+    # "" = each document, or prompt of a conversation, by itself.
     group_field: str = ""
     # A longer document is a bad row: one runaway file should not fill the memory.
     max_document_bytes: int = 64 * 1024 * 1024
@@ -40,6 +49,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         _check_choice("source kind", self.kind, get_args(SourceKind))
+        _check_choice("source format", self.format, get_args(RowFormat))
         if not 0.0 <= self.validation_fraction < 1.0:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}; it must lie in [0, 1)"
@@ -105,6 +115,9 @@ class DataConfig:
         for name in ("length_tokens", "batch_sequences"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be positive")
+        chats = [name for name, source in self.sources.items() if source.format != "text"]
+        if chats and self.packing == "online":
+            raise ValueError(f"data.sources.{chats[0]} holds conversations: packing must be global")
         for name in ("max_bad_rows", "num_workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must not be negative")

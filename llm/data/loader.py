@@ -47,7 +47,9 @@ class PackedRows:
         self._seed = seed
         self._splits = [splits[name] for name in names]
         self.plans: dict[str, PackPlan] = {
-            name: load_pack_plan(split.num_pairs, row_length, seed, split.path / "plans")
+            name: load_pack_plan(
+                split.packed_pairs(row_length), row_length, seed, split.path / "plans"
+            )
             for name, split in zip(names, self._splits, strict=True)
         }
         self._plans = list(self.plans.values())

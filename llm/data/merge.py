@@ -16,13 +16,14 @@ from llm.data.shard_writer import ShardTask
 # Held-out documents looked up in training text, spread evenly: 50 MB of sampled shingles.
 _MAX_CHECKED_DOCUMENTS = 50_000
 _MAX_EXAMPLES = 10
-_INDEX_COLUMNS = ("shard", "record", "num_tokens", "num_bytes")
+_INDEX_COLUMNS = ("shard", "record", "num_tokens", "num_targets", "num_bytes")
 _MERGED_COLUMNS = (*_INDEX_COLUMNS, "text_digest")
 # What there is where nothing is: the columns of no shard at all.
 _NO_COLUMNS = {
     "shard": np.zeros(0, np.int32),
     "record": np.zeros(0, np.int64),
     "num_tokens": np.zeros(0, np.int64),
+    "num_targets": np.zeros(0, np.int64),
     "num_bytes": np.zeros(0, np.int64),
     "text_digest": np.zeros((0, 2), np.uint64),
     "id": np.zeros(0, np.str_),
@@ -69,7 +70,7 @@ def write_held_out_sample(tasks: Sequence[ShardTask], path: pathlib.Path) -> Non
 def merge(
     tasks: Mapping[tuple[str, str], Sequence[ShardTask]],
     held_out_path: pathlib.Path,
-    dtype: str,
+    dtypes: Mapping[tuple[str, str], str],
     facts: Mapping[tuple[str, str], Mapping[str, object]],
 ) -> dict[str, dict[str, dict]]:
     """Finish the splits of all sources and return the report on them, by split and source.
@@ -79,6 +80,7 @@ def merge(
 
     Args:
       tasks: by (split, source name), held-out splits first.
+      dtypes: what each split's tokens are stored in.
       facts: what each split's manifest is to tell besides.
     """
     columns = {key: _load(of_split, _MERGED_COLUMNS) for key, of_split in tasks.items()}
@@ -107,7 +109,9 @@ def merge(
             counts["dropped_repeated"] -= counts["dropped_equal_to_held_out"]
         of_split = tasks[split, name]
         shards = [shard_writer.read_marker(task)["shard"] for task in of_split]
-        finish_split(of_split[0].directory, index, shards, dtype, {**facts[split, name], **counts})
+        finish_split(
+            of_split[0].directory, index, shards, dtypes[split, name], facts[split, name] | counts
+        )
         report[split][name] = counts
     _report_near_duplicates(report, tasks, held_out_path, kept, ends)
     return report

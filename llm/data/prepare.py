@@ -152,11 +152,15 @@ def _prepare(
             "split": split,
             "fingerprint": sources[split][name].fingerprint(),
             "tokenizer": tokenizer.digest,
+            "masked": tasks[split, name][0].masked,
         }
         for split, name in tasks
     }
-    dtype = storage_dtype(tokenizer.vocab_size, masked=False)
-    report = merge(tasks, held_out_path, dtype, facts)
+    dtypes = {
+        key: storage_dtype(tokenizer.vocab_size, of_split[0].masked)
+        for key, of_split in tasks.items()
+    }
+    report = merge(tasks, held_out_path, dtypes, facts)
     bad_rows_report = {
         name: {"count": len(rows), "rows": sorted(list(dataclasses.astuple(row)) for row in rows)}
         for name, rows in sorted(bad_rows.items())

@@ -26,7 +26,7 @@ _READER_OPTIONS = "readahead_buffer_size:0"
 # Set in a stored word whose token carries no loss (masked splits only, always uint32).
 _NO_LOSS_BIT = 1 << 31
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class PreparedDataError(ValueError):
@@ -38,7 +38,7 @@ class StoredDocument:
     """One document as it is stored: tokens with BOS and EOS, and the size of its text."""
 
     tokens: Sequence[int] | np.ndarray
-    num_bytes: int  # UTF-8 bytes of the text
+    num_bytes: int  # UTF-8 bytes of the text that is learnt
     # Per token: may it be a target? None in pretraining, where all are.
     loss_mask: Sequence[bool] | np.ndarray | None = None
 
@@ -55,7 +55,7 @@ def write_shard(
 
     The bytes depend on the documents alone, so several processes may write the same shard.
     """
-    num_tokens, num_bytes = [], []
+    num_tokens, num_targets, num_bytes = [], [], []
     with written_aside(shard_path(directory, shard)) as aside:
         writer = array_record_module.ArrayRecordWriter(str(aside), _WRITER_OPTIONS)
         for document in documents:
@@ -63,6 +63,7 @@ def write_shard(
             for begin in range(0, len(words), RECORD_TOKENS):
                 writer.write(words[begin : begin + RECORD_TOKENS].tobytes())
             num_tokens.append(len(words))
+            num_targets.append(int(loss_mask(words[1:]).sum()))
             num_bytes.append(document.num_bytes)
         writer.close()
     tokens = np.array(num_tokens, np.int64)
@@ -71,6 +72,7 @@ def write_shard(
         "shard": np.full(len(tokens), shard, np.int32),
         "record": np.cumsum(records) - records,
         "num_tokens": tokens,
+        "num_targets": np.array(num_targets, np.int64),
         "num_bytes": np.array(num_bytes, np.int64),
     }
 
@@ -137,7 +139,8 @@ def write_split(
     """
     path, dtype = pathlib.Path(directory), storage_dtype(vocab_size, masked)
     columns = write_shard(path, 0, documents, dtype)
-    finish_split(path, columns, [file_facts(shard_path(path, 0))], dtype, {})
+    facts = [file_facts(shard_path(path, 0))]
+    finish_split(path, columns, facts, dtype, {"masked": masked})
     return PreparedSplit(path)
 
 
@@ -151,6 +154,8 @@ class PreparedSplit:
         with np.load(self.path / "index.npz", allow_pickle=False) as index:
             self._shard, self._record = index["shard"], index["record"]
             self.num_tokens: Int64[np.ndarray, " documents"] = index["num_tokens"]
+            # Tokens that are learnt: all but the first, or those of the assistant.
+            self.num_targets: Int64[np.ndarray, " documents"] = index["num_targets"]
             self.num_bytes: Int64[np.ndarray, " documents"] = index["num_bytes"]
         self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
         # Prefetch threads share the readers, and not every ArrayRecord release lets them.
@@ -162,8 +167,18 @@ class PreparedSplit:
 
     @property
     def num_pairs(self) -> Int64[np.ndarray, " documents"]:
-        """(input, target) pairs of each document, the lengths that packing works with."""
+        """(input, target) pairs of each document."""
         return np.maximum(self.num_tokens - 1, 0)
+
+    def packed_pairs(self, row_length: int) -> Int64[np.ndarray, " documents"]:
+        """Pairs of each document that packing into rows works with.
+
+        Texts are cut at the ends of rows and go on in others; what goes beyond a row of a
+        conversation is left out, since a later piece would answer what it does not see.
+        """
+        if self.manifest["masked"]:
+            return np.minimum(self.num_pairs, row_length)
+        return self.num_pairs
 
     @functools.cached_property
     def digest(self) -> str:

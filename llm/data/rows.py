@@ -13,11 +13,12 @@ class SourceError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A natural unit of text."""
+    """A natural unit of text; of a conversation, the contents of its messages joined."""
 
     text: str
     id: str  # "notes.jsonl:17"
     group: str  # what a split must not cut: a work, a film, a package
+    messages: tuple[dict[str, str], ...] = ()  # of a conversation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Reader(Protocol):
 def unknown_field(where: str, field: str, known: Sequence[str]) -> SourceError:
     """Return the error for a field that a source does not have."""
     return SourceError(
-        f"{where} has no field {field!r}; it has {', '.join(known)}: set text_field or group_field"
+        f"{where} has no field {field!r}; it has {', '.join(known)}: set the source's …_field"
     )
 
 

@@ -48,6 +48,11 @@ class ShardTask:
     def split(self) -> Split:
         return self.source.split
 
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens are not learnt: those of conversations that others say."""
+        return self.source.config.format != "text"
+
 
 def init_worker(tokenizer: Tokenizer, alive: connection.Connection) -> None:
     """Prepare a worker process: its tokenizer, no threads beside it, no life after its parent.
@@ -86,7 +91,7 @@ def write_tokenized_shard(task: ShardTask, tokenizer: Tokenizer) -> dict:
     """
     documents = _DocumentReader(task)
     stored = _tokenized(documents, tokenizer)
-    dtype = storage_dtype(tokenizer.vocab_size, masked=False)
+    dtype = storage_dtype(tokenizer.vocab_size, task.masked)
     columns = write_shard(task.directory, task.shard, stored, dtype)
     columns |= documents.columns()
     with written_aside(columns_path(task)) as aside, open(aside, "wb") as file:
@@ -172,8 +177,23 @@ class _DocumentReader:
 
 
 def _tokenized(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[StoredDocument]:
-    for texts in _batches(document.text for document in documents):
-        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+    """Yield texts between BOS and EOS, and conversations as the template has them.
+
+    A conversation's size is that of what is learnt of it: the assistant's turns.
+    """
+    for is_chat, run in itertools.groupby(documents, lambda document: bool(document.messages)):
+        if not is_chat:
+            yield from _tokenized_texts((document.text for document in run), tokenizer)
+            continue
+        for document in run:
+            tokens, mask = tokenizer.encode_chat_masked(document.messages)
+            learnt = [m["content"] for m in document.messages if m["role"] == "assistant"]
+            yield StoredDocument(tokens, sum(len(text.encode()) for text in learnt), mask)
+
+
+def _tokenized_texts(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[StoredDocument]:
+    for batch in _batches(texts):
+        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
             tokens = [tokenizer.bos_id, *ids, tokenizer.eos_id]
             yield StoredDocument(tokens, len(text.encode()))
 

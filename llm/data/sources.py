@@ -3,11 +3,18 @@ A source is a list of shards, each readable by itself, whose rows become documen
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from llm.data.builders.grouping import hash_fraction
 from llm.data.config import SourceConfig
+from llm.data.conversations import (
+    ConversationError,
+    Messages,
+    conversation_fields,
+    read_conversation,
+)
 from llm.data.rows import BadRow, Document, Reader, Row, Shard, SourceError
 
 Split = Literal["train", "validation"]
@@ -48,14 +55,23 @@ class Source:
         """Return a digest that changes with the data, the fields read or the split."""
         facts = (self.reader.fingerprint(), self._fields, self.split, self.held_out)
         limits = (self.config.validation_fraction, self.config.max_document_bytes)
-        return hashlib.sha256(repr((facts, limits)).encode()).hexdigest()
+        form = (self.config.format, self.config.system_message)
+        return hashlib.sha256(repr((facts, limits, form)).encode()).hexdigest()
 
     @property
     def _fields(self) -> tuple[str, ...]:
         return fields_read(self.config)
 
     def _document(self, row: Row) -> Document | BadRow:
-        text = _as_text(row.fields.get(self.config.text_field), self.config.text_field)
+        messages: Messages = ()
+        if self.config.format == "text":
+            text = _as_text(row.fields.get(self.config.text_field), self.config.text_field)
+        else:
+            try:
+                messages = read_conversation(row.fields, self.config)
+            except ConversationError as error:
+                return BadRow(row.source, row.row, str(error))
+            text = "\n\n".join(message["content"] for message in messages)
         if isinstance(text, _Fault):
             return BadRow(row.source, row.row, text.reason)
         if not text or text.isspace():
@@ -75,13 +91,20 @@ class Source:
                 return BadRow(row.source, row.row, group.reason)
         if group is None:
             # The text itself, not the row: stable when rows are inserted, and copies stay together.
-            group = hashlib.sha256(encoded).hexdigest()[:16]
-        return Document(text, f"{row.source}:{row.row}", group)
+            kept_together = _prompt(messages).encode() if messages else encoded
+            group = hashlib.sha256(kept_together).hexdigest()[:16]
+        return Document(text, f"{row.source}:{row.row}", group, messages)
 
     def _is_on_this_side(self, group: str) -> bool:
         if self.held_out is None:
             return True
         return (hash_fraction(group) < self.config.validation_fraction) == self.held_out
+
+
+def _prompt(messages: Messages) -> str:
+    """Return what an assistant is first asked."""
+    turns = itertools.takewhile(lambda message: message["role"] != "assistant", messages)
+    return repr([message["content"] for message in turns])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +129,9 @@ def _as_text(value: Any, field: str, numbers: bool = False) -> str | _Fault:
 
 def fields_read(config: SourceConfig) -> tuple[str, ...]:
     """Return the fields that documents of a source are made of."""
-    return tuple(dict.fromkeys(f for f in (config.text_field, config.group_field) if f))
+    is_text = config.format == "text"
+    content = (config.text_field,) if is_text else conversation_fields(config)
+    return tuple(dict.fromkeys(f for f in (*content, config.group_field) if f))
 
 
 def open_source(config: SourceConfig, split: Split = "train", cache_dir: str = "") -> Source:

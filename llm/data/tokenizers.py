@@ -10,18 +10,24 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsInt
 
+import numpy as np
 import tokenizers
 from etils import epath
 
-from llm.data.chat import Messages, render_template
+from llm.data.chat import (
+    MARKS,
+    Messages,
+    map_strings,
+    render_template,
+    render_with_spans,
+    strings,
+)
 
 # Names of begin and end tokens where a bare tokenizer.json does not tell them.
 _KNOWN_BOS = ("<|bos|>", "<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>", "[CLS]")
 _KNOWN_EOS = ("<|eos|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|endoftext|>", "[SEP]")
 _TOKEN_FIELDS = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token")
 _TOKEN_FIELDS += ("mask_token",)
-# Unicode noncharacters: never assigned, "for internal use". One marks spelled control tokens.
-_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
 class TokenizerError(ValueError):
@@ -85,10 +91,8 @@ class Tokenizer:
           TokenizerError: there is no template.
           ChatError: the template refuses the messages.
         """
-        if self.chat_template is None:
-            raise TokenizerError("this tokenizer has no chat template: the model is not for chat")
         return render_template(
-            self.chat_template,
+            self._template,
             messages,
             add_generation_prompt=add_generation_prompt,
             **{**self.control_tokens, **variables},
@@ -102,23 +106,56 @@ class Tokenizer:
         A control token spelled in a message stays text, so that a user cannot end his turn or
         speak as the assistant.
         """
-        spelled = self._control_pattern.search
-        texts = [value for message in messages for value in _strings(message)]
-        if not any(spelled(text) for text in texts):
-            text = self.render_chat(messages, add_generation_prompt, **variables)
-            return self.encode(text, control=True)
-        mark = next(m for m in _MARKS if not any(m in text for text in texts))
-        marked = [
-            _map_strings(message, lambda text: self._mark(text, mark)) for message in messages
-        ]
+        mark, marked = self._mark_spellings(messages)
         rendered = self.render_chat(marked, add_generation_prompt, **variables)
+        return self._encode_rendered(rendered, mark)[0]
+
+    def encode_chat_masked(
+        self, messages: Messages, **variables: Any
+    ) -> tuple[list[int], list[bool]]:
+        """Return the ids of a conversation, and of each whether the assistant says it, EOS
+        included: `render_with_spans` tells which template says so how.
+
+        A token counts as the assistant's if it begins where the assistant speaks. (`transformers`
+        counts one that only ends there too, which no sampler could have begun.)
+        """
+        mark, marked = self._mark_spellings(messages)
+        rendered, spans = render_with_spans(
+            self._template, marked, **{**self.control_tokens, **variables}
+        )
+        ids, starts = self._encode_rendered(rendered, mark)
+        edges = [edge for span in spans for edge in span]
+        return ids, [place % 2 == 1 for place in np.searchsorted(edges, starts, side="right")]
+
+    def _mark_spellings(self, messages: Messages) -> tuple[str, Messages]:
+        """Return a mark, and messages with it inside every spelled control token."""
+        texts = [value for message in messages for value in strings(message)]
+        mark = next(m for m in MARKS if not any(m in text for text in texts))
+        if not any(self._control_pattern.search(text) for text in texts):
+            return mark, messages
+        return mark, [map_strings(message, lambda t: self._mark(t, mark)) for message in messages]
+
+    def _encode_rendered(self, rendered: str, mark: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a rendered chat, and where in it each begins (in characters)."""
+        if mark not in rendered:
+            encoding = self._control_backend.encode(rendered, add_special_tokens=False)
+            return encoding.ids, [start for start, _ in encoding.offsets]
         spellings = "|".join(re.escape(self._mark(t, mark)) for t in self._controls_long_first)
         ids: list[int] = []
+        starts: list[int] = []
+        begin = 0
         # Odd pieces are marked spellings; a mark alone is left where a template cut one in two.
-        for i, piece in enumerate(re.split(f"({spellings})|{mark}", rendered)):
-            if piece:
-                ids += self.encode(piece.replace(mark, ""), control=i % 2 == 0)
-        return ids
+        for i, piece in enumerate(re.split(f"({spellings}|{mark})", rendered)):
+            text = piece.replace(mark, "")
+            if i % 2:  # all of a spelling begins where it does
+                ids += self.encode(text)
+            elif text:
+                encoding = self._control_backend.encode(text, add_special_tokens=False)
+                ids += encoding.ids
+                starts += [begin + start for start, _ in encoding.offsets]
+            starts += [begin] * (len(ids) - len(starts))
+            begin += len(piece)
+        return ids, starts
 
     def _mark(self, text: str, mark: str) -> str:
         return self._control_pattern.sub(lambda match: match[0][:1] + mark + match[0][1:], text)
@@ -163,6 +200,17 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The Jinja source of the chat template."""
         return self._config.get("chat_template")
+
+    @property
+    def _template(self) -> str:
+        if self.chat_template is None:
+            raise TokenizerError("this tokenizer has no chat template: the model is not for chat")
+        return self.chat_template
+
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """Return the same tokenizer with another chat template."""
+        settings = {**self._config, "chat_template": template}
+        return Tokenizer(self.definition, json.dumps(settings, ensure_ascii=False, sort_keys=True))
 
     @functools.cached_property
     def control_tokens(self) -> dict[str, str]:
@@ -259,27 +307,6 @@ class Tokenizer:
             f"the tokenizer has no {fields[0]}; name one in tokenizer_config.json "
             f"(its control tokens: {', '.join(self._controls_long_first) or 'none'})"
         )
-
-
-def _strings(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, Sequence):
-        for item in value:
-            yield from _strings(item)
-
-
-def _map_strings(value: Any, function: Any) -> Any:
-    if isinstance(value, str):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: _map_strings(item, function) for key, item in value.items()}
-    if isinstance(value, Sequence):
-        return [_map_strings(item, function) for item in value]
-    return value
 
 
 # --- Loading --------------------------------------------------------------------------------

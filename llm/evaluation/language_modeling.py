@@ -82,7 +82,7 @@ def score_split(
         sums.append(score_step(params, batch))
     batches.close()
     nats, tokens = _total(sums)
-    bytes_per_token = float(split.num_bytes.sum()) / max(1, int(split.num_pairs.sum()))
+    bytes_per_token = float(split.num_bytes.sum()) / max(1, int(split.num_targets.sum()))
     return TextScore(nats, tokens, tokens * bytes_per_token)
 
 
