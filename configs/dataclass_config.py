@@ -12,7 +12,6 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union
 
-from etils import epath
 from ml_collections import ConfigDict, FieldReference
 
 T = TypeVar("T")
@@ -56,23 +55,6 @@ def from_config_dict(config: Mapping[str, Any], config_type: type[T], path: str 
 def config_to_json(config: Any) -> str:
     """Return a dataclass instance as indented JSON, the text of a workdir's config.json."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def load_workdir_config(workdir: epath.PathLike, config_type: type[T]) -> T:
-    """Return the config that a workdir was made with, read from its config.json.
-
-    Raises:
-      FileNotFoundError: the directory has no config.json.
-      ConfigError: the file is not JSON, or does not describe a `config_type`.
-    """
-    file = epath.Path(workdir) / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{workdir} is not a workdir: it has no config.json")
-    try:
-        fields = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}") from error
-    return from_config_dict(fields, config_type, str(file))
 
 
 # ------------------------------------------------------------------- types of fields

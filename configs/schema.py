@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from llm.data.config import DataConfig
-from llm.models.config import ComputeConfig, TransformerConfig
+from llm.data.config import DataConfig, TokenizerConfig
+from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
 from llm.parallel.config import MeshConfig
-from llm.training.config import OptimizerConfig, ScheduleConfig
+from llm.training.config import OptimizerConfig, ScheduleConfig, TrainableConfig
 from llm.training.run_config import RunConfig
 
 
@@ -14,16 +14,16 @@ class EvaluationConfig:
     """What the loop measures while it trains."""
 
     every_steps: int = 500  # and at the end; 0: never
+    at_start: bool = False  # before the first step too: what a later stage forgets is seen so
     max_sequences: int | None = 512  # held-out rows a source; None: all of them
     prompts: tuple[str, ...] = ()  # continued greedily at each evaluation
     sample_tokens: int = 48
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-    """`experiments.pretrain`: a causal language model from packed text."""
+class TrainingConfig:
+    """What every stage that trains on packed rows has."""
 
-    model: TransformerConfig = TransformerConfig()
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
@@ -31,24 +31,12 @@ class PretrainConfig:
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     run: RunConfig = RunConfig()
-    # Length of the run: one of the two.
-    total_steps: int | None = None
-    total_tokens: int | None = None
     accumulate_steps: int = 1  # microbatches a step
     z_loss: float = 0.0
     loss_tile_tokens: int = 4096  # logits exist for so many tokens at a time
     seed: int = 0
 
     def __post_init__(self):
-        if (self.total_steps is None) == (self.total_tokens is None):
-            raise ValueError("give total_steps or total_tokens, one of the two")
-        if self.num_steps < 1:
-            raise ValueError("total_steps or total_tokens is less than one step of training")
-        if self.data.length_tokens > self.model.max_length_tokens:
-            raise ValueError(
-                f"data.length_tokens={self.data.length_tokens} exceeds "
-                f"model.max_length_tokens={self.model.max_length_tokens}"
-            )
         if self.accumulate_steps < 1 or self.data.batch_sequences % self.accumulate_steps:
             raise ValueError(
                 f"data.batch_sequences={self.data.batch_sequences} is not a multiple of "
@@ -60,12 +48,76 @@ class PretrainConfig:
         """Positions of a global batch, padding included."""
         return self.data.batch_sequences * self.data.length_tokens
 
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(TrainingConfig):
+    """`experiments.pretrain`: a causal language model from packed text."""
+
+    model: TransformerConfig = TransformerConfig()
+    # Length of the run: one of the two.
+    total_steps: int | None = None
+    total_tokens: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.total_steps is None) == (self.total_tokens is None):
+            raise ValueError("give total_steps or total_tokens, one of the two")
+        if self.num_steps < 1:
+            raise ValueError("total_steps or total_tokens is less than one step of training")
+        if self.data.length_tokens > self.model.max_length_tokens:
+            raise ValueError(
+                f"data.length_tokens={self.data.length_tokens} exceeds "
+                f"model.max_length_tokens={self.model.max_length_tokens}"
+            )
+
     @property
     def num_steps(self) -> int:
         """Steps of the whole run."""
         if self.total_steps is not None:
             return self.total_steps
         return -(-self.total_tokens // self.tokens_per_step)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(TrainingConfig):
+    """`experiments.finetune`: a language model taught instructions, or a domain."""
+
+    # A workdir, a Hugging Face directory, a GGUF file, or "smollm2". The model's shape and its
+    # tokenizer come from there.
+    source: str = ""
+    chat_template: str = ""  # a file with Jinja source, in place of the tokenizer's own template
+    dropout_rate: float = 0.0
+    adapter: AdapterConfig = AdapterConfig()
+    trainable: TrainableConfig = TrainableConfig()
+    # Length of the run: one of the three.
+    total_steps: int | None = None
+    total_tokens: int | None = None
+    total_epochs: float | None = None  # passes over the packed rows
+
+    def __post_init__(self):
+        super().__post_init__()
+        given = (self.total_steps, self.total_tokens, self.total_epochs)
+        if sum(length is not None for length in given) != 1:
+            raise ValueError("give total_steps, total_tokens or total_epochs, one of the three")
+        if min(length for length in given if length is not None) <= 0:
+            raise ValueError("total_steps, total_tokens or total_epochs must be positive")
+        if not self.source:
+            raise ValueError("source is empty: name a workdir, a Hugging Face directory, …")
+        if self.data.tokenizer != TokenizerConfig():
+            raise ValueError("data.tokenizer is set: a model keeps the tokenizer of its source")
+        if self.adapter.quantize != "none" and not self.adapter.rank:
+            raise ValueError(
+                f"adapter.quantize={self.adapter.quantize!r} freezes what it stores: "
+                "set adapter.rank to learn something"
+            )
+
+    def num_steps(self, rows_per_epoch: int) -> int:
+        """Steps of the whole run, over data of so many packed rows."""
+        if self.total_steps is not None:
+            return self.total_steps
+        if self.total_tokens is not None:
+            return -(-self.total_tokens // self.tokens_per_step)
+        return max(1, round(self.total_epochs * rows_per_epoch / self.data.batch_sequences))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,9 @@ import jax
 from absl import flags
 from etils import epath
 
-from configs.dataclass_config import load_workdir_config
-from configs.schema import PretrainConfig
 from experiments import entry
-from experiments.loading import load_model
+from experiments.loading import load_model, load_section
+from llm.data.config import DataConfig
 from llm.data.prepare import prepare
 from llm.data.tokenizers import Tokenizer
 from llm.evaluation.language_modeling import (
@@ -61,8 +60,8 @@ def main() -> None:
     if texts:
         documents = {path: [_document(path, text, tokenizer)] for path, text in texts.items()}
     else:
-        run = load_workdir_config(_WORKDIR.value, PretrainConfig)
-        held_out = prepare(run.data, tokenizer).validation
+        data = load_section(_WORKDIR.value, "data", DataConfig)
+        held_out = prepare(data, tokenizer).validation
         documents = {name: split_documents(split) for name, split in held_out.items()}
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])

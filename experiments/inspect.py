@@ -6,16 +6,15 @@ python -m experiments.inspect --workdir=runs/tiny [--verify] [--json]
 import math
 
 from absl import flags
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from configs.dataclass_config import load_workdir_config
-from configs.schema import PretrainConfig
 from experiments import entry
-from llm.models.transformer import Transformer, logical_axes, param_shapes
+from experiments.loading import load_model_config, read_config
 from llm.scaling.accounting import num_active_params, num_params, training_flops_per_token
 from llm.training.loading import load_params, verify
-from llm.training.manifests import list_steps, read_ledger
+from llm.training.manifests import CHECKPOINTS, list_steps, read_ledger, read_manifest
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run to look at.", required=True)
 _VERIFY = flags.DEFINE_boolean("verify", False, "Re-read and check every byte of every step.")
@@ -23,20 +22,21 @@ _JSON = entry.define_json()
 
 
 def main() -> None:
-    config = load_workdir_config(_WORKDIR.value, PretrainConfig)
+    config, model = read_config(_WORKDIR.value), load_model_config(_WORKDIR.value)
+    length = config["data"]["length_tokens"]
     loaded = load_params(_WORKDIR.value)
+    steps = epath.Path(_WORKDIR.value) / CHECKPOINTS
+    manifest = read_manifest(steps / str(loaded.step))
     ledger = read_ledger(_WORKDIR.value)
     report = {
         "workdir": _WORKDIR.value,
         "config": config,
-        "parameters": num_params(config.model),
-        "active_parameters": num_active_params(config.model),
-        "training_flops_per_token": training_flops_per_token(
-            config.model, config.data.length_tokens
-        ),
+        "parameters": num_params(model),
+        "active_parameters": num_active_params(model),
+        "training_flops_per_token": training_flops_per_token(model, length),
         "step": loaded.step,
-        "total_steps": config.num_steps,
-        "tokens_seen": loaded.step * config.tokens_per_step,
+        "total_steps": manifest.get("total_steps"),
+        "tokens_seen": manifest.get("tokens", 0),
         "steps": list_steps(_WORKDIR.value),
         "params_digest": loaded.digest,
         "ledger": ledger,
@@ -46,18 +46,19 @@ def main() -> None:
     if _JSON.value:
         entry.print_json(report)
         return
-    _show(config, report)
+    _show(report, manifest["arrays"])
 
 
-def _show(config: PretrainConfig, report: dict) -> None:
+def _show(report: dict, arrays: dict[str, dict]) -> None:
     console = Console()
-    model = Transformer(config.model)
-    axes = _flat(logical_axes(model))
-    table = Table("parameter", "shape", "axes", "numbers", box=None)
+    table = Table("parameter", "shape", "type", "numbers", box=None)
     table.columns[0].no_wrap = True
-    for path, shape in _flat(param_shapes(model)).items():
-        table.add_row(path, str(shape.shape), " ".join(axes[path]), f"{math.prod(shape.shape):,}")
-    console.print_json(data=entry.plain(config))
+    for name, array in arrays.items():
+        if name.startswith("params/"):
+            shape = tuple(array["shape"])
+            numbers = f"{math.prod(shape):,}"
+            table.add_row(name.removeprefix("params/"), str(shape), array["dtype"], numbers)
+    console.print_json(data=report["config"])
     console.print(table)
     console.print(
         f"{report['parameters']:,} parameters ({report['active_parameters']:,} multiply each "
@@ -74,15 +75,6 @@ def _show(config: PretrainConfig, report: dict) -> None:
         console.print(
             f"step {step.step}: {step.num_files} files, {step.num_arrays} arrays: {verdict}"
         )
-
-
-def _flat(tree, prefix: str = "") -> dict:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat = {}
-    for name, child in tree.items():
-        flat |= _flat(child, f"{prefix}/{name}" if prefix else name)
-    return flat
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
 """A model from wherever it is: a workdir, a Hugging Face directory, a GGUF file, or SmolLM2."""
 
 import json
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
 from configs.dataclass_config import from_config_dict
 from llm.data.tokenizers import Tokenizer, load_tokenizer
 from llm.interop.weights import load_weights
-from llm.models.config import TransformerConfig
+from llm.models.adapters import merge_params
+from llm.models.config import AdapterConfig, TransformerConfig
+from llm.models.transformer import Transformer
 from llm.training.loading import load_params
+from llm.training.manifests import list_steps
+
+T = TypeVar("T")
 
 
 class LoadedModel(NamedTuple):
@@ -20,9 +26,17 @@ class LoadedModel(NamedTuple):
     tokenizer: Tokenizer
 
 
+class Start(NamedTuple):
+    """What a later stage begins from. `params()` is None where the stage has its own by now."""
+
+    config: TransformerConfig
+    tokenizer: Tokenizer
+    params: Callable[[], dict | None]
+
+
 def load_model(source: str, *, step: int | None = None, ema: bool = False) -> LoadedModel:
     """Return the model of a workdir (its newest good step), a Hugging Face directory, a .gguf file,
-    or of the SmolLM2 package, by the name "smollm2".
+    or of the SmolLM2 package, by the name "smollm2". An adapter is merged into its kernels.
 
     Raises:
       FileNotFoundError: there is nothing at `source`, or no such step.
@@ -30,10 +44,11 @@ def load_model(source: str, *, step: int | None = None, ema: bool = False) -> Lo
     """
     path = epath.Path(source)
     if is_workdir(path):
-        config = load_model_config(path)
-        return LoadedModel(
-            config, load_params(path, step, ema=ema).params, load_tokenizer(path / "tokenizer")
-        )
+        config, params = load_model_config(path), load_params(path, step, ema=ema).params
+        adapter = load_section(path, "adapter", AdapterConfig, default=AdapterConfig())
+        if adapter != AdapterConfig():
+            params = merge_params(Transformer(config, adapter=adapter), params)
+        return LoadedModel(config, params, load_tokenizer(path / "tokenizer"))
     if step is not None or ema:
         raise ValueError(f"{source} is not a workdir: it has no steps and no averaged parameters")
     if path.is_dir() and not (path / "config.json").exists():
@@ -44,6 +59,25 @@ def load_model(source: str, *, step: int | None = None, ema: bool = False) -> Lo
     if found.tokenizer is None:
         raise ValueError(f"{source} has no tokenizer.json: put the model's own beside its weights")
     return LoadedModel(found.config, found.params, found.tokenizer)
+
+
+def load_start(source: str, workdir: epath.PathLike, chat_template: str = "") -> Start:
+    """Return the model that a stage in `workdir` starts from, or the one it goes on with.
+
+    A stage that has checkpoints needs its source no more, which may be gone. `chat_template` names
+    a file whose Jinja source replaces the tokenizer's own.
+    """
+    template = epath.Path(chat_template).read_text() if chat_template else None
+    if list_steps(workdir):
+        found = LoadedModel(
+            load_model_config(workdir), {}, load_tokenizer(epath.Path(workdir) / "tokenizer")
+        )
+        params = lambda: None  # noqa: E731
+    else:
+        found = load_model(source)
+        params = lambda: found.params  # noqa: E731
+    tokenizer = found.tokenizer.with_chat_template(template) if template else found.tokenizer
+    return Start(found.config, tokenizer, params)
 
 
 def is_workdir(path: epath.PathLike) -> bool:
@@ -58,11 +92,32 @@ def is_workdir(path: epath.PathLike) -> bool:
 
 def load_model_config(workdir: epath.PathLike) -> TransformerConfig:
     """Return the model in a workdir's config.json, whatever stage made it."""
+    return load_section(workdir, "model", TransformerConfig)
+
+
+def load_section(
+    workdir: epath.PathLike, name: str, section_type: type[T], default: T | None = None
+) -> T:
+    """Return one section of a workdir's config.json, whatever stage made it.
+
+    Raises:
+      FileNotFoundError: it has no config.json.
+      ValueError: that is not JSON, or has no such section and there is no default.
+    """
+    fields, file = read_config(workdir), epath.Path(workdir) / "config.json"
+    if name not in fields:
+        if default is not None:
+            return default
+        raise ValueError(f"{file} describes no {name}: it has {', '.join(fields) or 'nothing'}")
+    return from_config_dict(fields[name], section_type, f"{file}: {name}")
+
+
+def read_config(workdir: epath.PathLike) -> dict[str, Any]:
+    """Return the fields of a workdir's config.json."""
     file = epath.Path(workdir) / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{workdir} is not a workdir: it has no config.json")
     try:
-        fields = json.loads(file.read_text())
+        return json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if "model" not in fields:
-        raise ValueError(f"{file} describes no model: it has {', '.join(fields) or 'nothing'}")
-    return from_config_dict(fields["model"], TransformerConfig, f"{file}: model")

@@ -14,12 +14,10 @@ from etils import epath
 
 from configs.schema import PretrainConfig
 from experiments import entry
+from experiments.evaluation import make_evaluation
 from llm.data.pipeline import make_training_batches
 from llm.data.prepare import prepare
 from llm.data.tokenizer_training import make_tokenizer
-from llm.evaluation.language_modeling import make_score_step, score_splits
-from llm.generation.config import SamplingConfig
-from llm.generation.generator import Generator
 from llm.models.transformer import Transformer, logical_axes
 from llm.parallel.mesh import make_mesh, start_distributed
 from llm.scaling.accounting import training_flops_per_token
@@ -29,7 +27,7 @@ from llm.training.optimizers import make_optimizer
 from llm.training.run import Run
 from llm.training.run_config import check_config
 from llm.training.schedules import make_schedule
-from llm.training.state import TrainState, averaged_params, init_state, state_shardings
+from llm.training.state import init_state, state_shardings
 from llm.training.step import make_train_step
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
@@ -100,7 +98,9 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
 
         # Restore
         state, batches = run.restore(state, batches)
-        if run.due(config.evaluation.every_steps):
+        if run.due(config.evaluation.every_steps) or (
+            config.evaluation.at_start and run.step == 0
+        ):
             evaluate(run, state)
 
         # Loop
@@ -111,35 +111,6 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
             if run.due(config.evaluation.every_steps):
                 evaluate(run, state)
     batches.close()
-
-
-def make_evaluation(config: PretrainConfig, model: Transformer, mesh, tokenizer, splits):
-    """Return (run, state) → None: held-out bits per byte, and samples, to the run's logs."""
-    score_step = make_score_step(model, mesh, tile_tokens=config.loss_tile_tokens)
-    sampling = SamplingConfig(max_new_tokens=config.evaluation.sample_tokens, temperature=0.0)
-    generator = Generator(model, tokenizer, sampling) if config.evaluation.prompts else None
-
-    def evaluate(run: Run, state: TrainState) -> None:
-        params = averaged_params(state)
-        metrics = score_splits(
-            score_step,
-            params,
-            splits,
-            row_length=config.data.length_tokens,
-            batch_sequences=config.data.batch_sequences,
-            max_sequences=config.evaluation.max_sequences,
-        )
-        run.write_metrics(metrics)
-        scores = [f"{k[5:]} {v:.4f}" for k, v in metrics.items() if k.endswith("bits_per_byte")]
-        run.say(f"step {run.step}: {', '.join(scores)}")
-        if generator is not None:
-            prompts = config.evaluation.prompts
-            texts = dict(zip(prompts, generator(params, prompts), strict=True))
-            run.write_texts({f"samples/{prompt}": prompt + texts[prompt] for prompt in prompts})
-            for prompt, text in texts.items():
-                run.say(f"  {prompt}|{text}")
-
-    return evaluate
 
 
 def main(config: PretrainConfig) -> None:

@@ -2,11 +2,13 @@
 The one place that knows both kinds."""
 
 import os
+from collections.abc import Mapping
 
 from llm.data.config import DataConfig
 from llm.data.loader import Batches, make_batches
 from llm.data.online_packing import OnlineBatches, OnlineSetup
 from llm.data.prepare import Prepared
+from llm.data.prepared import PreparedSplit
 from llm.data.sources import open_source
 from llm.data.tokenizers import Tokenizer
 
@@ -65,3 +67,16 @@ def mixture_weights(config: DataConfig) -> dict[str, float] | None:
             "or take the others' away to read each document once an epoch"
         )
     return {name: source.weight for name, source in config.sources.items()}
+
+
+def rows_per_epoch(batches: Batches | OnlineBatches) -> int:
+    """Return how many rows are read before one of them is read again; 0 where nobody knows."""
+    return batches.rows.num_rows(1) if isinstance(batches, Batches) else 0
+
+
+def num_truncated(splits: Mapping[str, PreparedSplit], row_length: int) -> dict[str, int]:
+    """Return, by source, how many conversations do not fit into a row, where there are any."""
+    cut = {}
+    for name, split in splits.items():
+        cut[name] = int((split.packed_pairs(row_length) < split.num_pairs).sum())
+    return {name: count for name, count in cut.items() if count}

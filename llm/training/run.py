@@ -287,6 +287,7 @@ class Run:
         cursor = getattr(self._state, "cursor", None)
         notes = {
             "tokens": self.step * self._tokens_per_step,
+            "total_steps": self.total_steps,
             "cursor": None if cursor is None else int(cursor),
             "config_digest": config_digest(self._config),
         }

