@@ -18,12 +18,12 @@ from experiments import entry
 from experiments.loading import load_model, load_section
 from llm.data.config import DataConfig
 from llm.data.prepare import prepare
+from llm.data.prepared import StoredDocument
 from llm.data.tokenizers import Tokenizer
 from llm.evaluation.language_modeling import (
     TextScore,
     make_score_step,
     score_documents,
-    split_documents,
 )
 from llm.models.config import ComputeConfig
 from llm.models.transformer import Transformer
@@ -62,7 +62,7 @@ def main() -> None:
     else:
         data = load_section(_WORKDIR.value, "data", DataConfig)
         held_out = prepare(data, tokenizer).validation
-        documents = {name: split_documents(split) for name, split in held_out.items()}
+        documents = {name: split.documents() for name, split in held_out.items()}
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     score_step = make_score_step(Transformer(config, ComputeConfig(dtype=_DTYPE.value)), mesh)
@@ -90,7 +90,7 @@ def main() -> None:
         )
 
 
-def _document(path: str, text: bytes, tokenizer: Tokenizer):
+def _document(path: str, text: bytes, tokenizer: Tokenizer) -> StoredDocument:
     try:
         decoded = text.decode()
     except UnicodeDecodeError as error:
@@ -99,11 +99,11 @@ def _document(path: str, text: bytes, tokenizer: Tokenizer):
         raise ValueError(f"{path} is empty: there is nothing to score")
     prefix, ids = tokenizer.text_prefix, tokenizer.encode(decoded)
     if prefix:
-        return [*prefix, *ids], len(text)
+        return StoredDocument([*prefix, *ids], len(text))
     # Without a BOS nothing predicts the first token: it and its bytes are context only.
     if len(ids) == 1:
         raise ValueError(f"{path} is one token, and this model has no BOS to predict it from")
-    return ids, len(text) - len(tokenizer.decode(ids[:1]).encode())
+    return StoredDocument(ids, len(text) - len(tokenizer.decode(ids[:1]).encode()))
 
 
 def _figures(score: TextScore) -> dict:

@@ -108,15 +108,11 @@ def finetune(config: FinetuneConfig, workdir: str) -> None:
         params = start.params()
         if params is not None:
             params = adapt_params(model, params, jax.random.key(config.seed))
-        state = init_state(
-            model, optimizer, mesh, config.seed, ema=ema, params=params, rates=rates
-        )
+        state = init_state(model, optimizer, mesh, config.seed, ema=ema, params=params, rates=rates)
 
         # Restore
         state, batches = run.restore(state, batches)
-        if run.due(config.evaluation.every_steps) or (
-            config.evaluation.at_start and run.step == 0
-        ):
+        if run.due(config.evaluation.every_steps) or (config.evaluation.at_start and run.step == 0):
             evaluate(run, state)
 
         # Loop

@@ -98,9 +98,7 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
 
         # Restore
         state, batches = run.restore(state, batches)
-        if run.due(config.evaluation.every_steps) or (
-            config.evaluation.at_start and run.step == 0
-        ):
+        if run.due(config.evaluation.every_steps) or (config.evaluation.at_start and run.step == 0):
             evaluate(run, state)
 
         # Loop

@@ -30,7 +30,6 @@ from llm.evaluation.language_modeling import (
     TextScore,
     make_score_step,
     score_documents,
-    split_documents,
 )
 from llm.evaluation.ngram import fit_ngram
 from llm.generation.config import SamplingConfig
@@ -85,7 +84,7 @@ def prepare_data(recipe: PretrainConfig, tokenizer: Tokenizer) -> dict:
             split.packed_pairs(recipe.data.length_tokens),
             recipe.data.length_tokens,
             recipe.data.seed,
-            split.path / "plans"
+            split.path / "plans",
         )
         held_out = prepared.validation[name]
         facts[name] = {
@@ -116,7 +115,7 @@ def evaluate(config: SpeedrunConfig, workdir: epath.Path, prepared: Prepared) ->
             name: score_documents(
                 score_step,
                 params,
-                split_documents(split),
+                split.documents(),
                 row_length=recipe.data.length_tokens,
                 batch_tokens=recipe.tokens_per_step,
                 stride=config.window_stride_tokens,
@@ -141,7 +140,7 @@ def measure_baselines(
     )
     scores = {}
     for name, split in prepared.validation.items():
-        documents = [tokens for tokens, _ in split_documents(split)]
+        documents = [document.tokens for document in split.documents()]
         nats = -sum(float(np.sum(log_probs)) for log_probs in ngram.log_probs_of(documents))
         scores[name] = TextScore(nats, float(split.num_pairs.sum()), float(split.num_bytes.sum()))
     scores["all"] = sum(scores.values(), TextScore(0.0, 0.0, 0.0))

@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from array_record.python import array_record_module
@@ -192,6 +192,14 @@ class PreparedSplit:
         count = self.num_tokens[document : document + 1]
         words, _ = self.read(np.array([document]), np.zeros(1, np.int64), count)
         return token_ids(words)
+
+    def documents(self) -> Iterator[StoredDocument]:
+        """Yield every document as it was stored."""
+        for document in range(self.num_documents):
+            count = self.num_tokens[document : document + 1]
+            words, _ = self.read(np.array([document]), np.zeros(1, np.int64), count)
+            mask = loss_mask(words) if self.manifest["masked"] else None
+            yield StoredDocument(token_ids(words), int(self.num_bytes[document]), mask)
 
     def read(
         self,

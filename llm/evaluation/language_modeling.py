@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm.data.loader import Batch, make_evaluation_batches
-from llm.data.prepared import PreparedSplit
+from llm.data.prepared import PreparedSplit, StoredDocument
 from llm.models.transformer import Transformer
 from llm.training.loss import make_causal_lm_loss
 from llm.training.step import place_batch
@@ -105,31 +105,25 @@ def score_splits(
 def score_documents(
     score_step: ScoreStep,
     params: dict,
-    documents: Iterable[tuple[np.ndarray, int]],
+    documents: Iterable[StoredDocument],
     *,
     row_length: int,
     batch_tokens: int,
     stride: int | None = None,
 ) -> TextScore:
-    """Score documents (tokens with BOS and EOS, bytes) through a window of row_length tokens.
+    """Score documents, or what is to be learnt of them, through a window of row_length tokens.
 
     The window moves by `stride` (default: half of it); each target is scored once, with at least
     row_length − stride tokens before it wherever the document has them.
     """
     stride = stride or max(1, row_length // 2)
     num_bytes, windows = 0, []
-    for tokens, size in documents:
-        num_bytes += size
-        windows.extend(_windows(np.asarray(tokens, np.int32), row_length, stride))
+    for document in documents:
+        num_bytes += document.num_bytes
+        windows.extend(_windows(document, row_length, stride))
     batches = _window_batches(windows, row_length, batch_tokens)
     nats, tokens = _total([score_step(params, batch) for batch in batches])
     return TextScore(nats, tokens, float(num_bytes))
-
-
-def split_documents(split: PreparedSplit) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (tokens, bytes) of each document of a prepared split, for `score_documents`."""
-    for document in range(split.num_documents):
-        yield split.tokens(document), int(split.num_bytes[document])
 
 
 def _total(sums: list[dict[str, jax.Array]]) -> tuple[float, float]:
@@ -138,13 +132,19 @@ def _total(sums: list[dict[str, jax.Array]]) -> tuple[float, float]:
     return sum(float(s["loss"]) for s in sums), sum(float(s["tokens"]) for s in sums)
 
 
-def _windows(tokens: np.ndarray, row_length: int, stride: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (tokens of a window and its last target, number of targets scored at its end)."""
+def _windows(
+    document: StoredDocument, row_length: int, stride: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (tokens of a window and its last target, weights of the targets): those at the end."""
+    tokens = np.asarray(document.tokens, np.int32)
+    mask = np.ones(len(tokens)) if document.loss_mask is None else np.asarray(document.loss_mask)
     num_pairs, done = len(tokens) - 1, 0
     while done < num_pairs:
         end = min(num_pairs, row_length if done == 0 else done + stride)
         start = max(0, end - row_length)
-        yield tokens[start : end + 1], end - done
+        weights = np.where(np.arange(start, end) >= done, mask[start + 1 : end + 1], 0.0)
+        if weights.any():
+            yield tokens[start : end + 1], weights
         done = end
 
 
@@ -166,11 +166,11 @@ def _fill(windows: list, count: int, length: int) -> Batch:
         for name in ("tokens", "targets", "segment_ids", "positions")
     }
     batch["loss_weights"] = np.zeros((count, length), np.float32)
-    for row, (tokens, scored) in enumerate(windows):
+    for row, (tokens, weights) in enumerate(windows):
         n = len(tokens) - 1
         batch["tokens"][row, :n] = tokens[:-1]
         batch["targets"][row, :n] = tokens[1:]
         batch["segment_ids"][row, :n] = 1
         batch["positions"][row, :n] = np.arange(n)
-        batch["loss_weights"][row, n - scored : n] = 1.0
+        batch["loss_weights"][row, :n] = weights
     return batch

@@ -14,7 +14,6 @@ from llm.evaluation.language_modeling import (
     score_documents,
     score_split,
     score_splits,
-    split_documents,
 )
 from llm.models.config import TransformerConfig
 from llm.models.transformer import Transformer, init_params
@@ -60,9 +59,10 @@ def log_probs(params, tokens):
 
 def test_every_target_is_scored_once_whatever_the_stride(step, params, documents):
     pairs = sum(len(d) - 1 for d in documents)
+    stored = [StoredDocument(d, 3) for d in documents]
     for stride in (1, 5, 8, LENGTH):
         score = score_documents(
-            step, params, [(d, 3) for d in documents], row_length=LENGTH, batch_tokens=64,
+            step, params, stored, row_length=LENGTH, batch_tokens=64,
             stride=stride,
         )  # fmt: skip
         assert score.tokens == pairs and score.num_bytes == 3 * len(documents)
@@ -75,7 +75,7 @@ def test_sliding_by_one_gives_each_target_the_fullest_context(step, params, docu
         context = tokens[max(0, target - LENGTH) : target]
         expected -= log_probs(params, context)[-1, tokens[target]]
     score = score_documents(
-        step, params, [(tokens, 1)], row_length=LENGTH, batch_tokens=64, stride=1
+        step, params, [StoredDocument(tokens, 1)], row_length=LENGTH, batch_tokens=64, stride=1
     )
     assert score.nats == pytest.approx(expected, rel=1e-5)
 
@@ -87,11 +87,32 @@ def test_packed_rows_score_as_windows_without_overlap(step, params, documents, t
     )
     packed = score_split(step, params, split, row_length=LENGTH, batch_sequences=2)
     apart = score_documents(
-        step, params, split_documents(split), row_length=LENGTH, batch_tokens=64, stride=LENGTH
+        step, params, split.documents(), row_length=LENGTH, batch_tokens=64, stride=LENGTH
     )
     assert packed.tokens == apart.tokens == sum(len(d) - 1 for d in documents)
     assert packed.nats == pytest.approx(apart.nats, rel=1e-5)
     assert packed.bits_per_byte == pytest.approx(apart.bits_per_byte, rel=1e-5)
+
+
+def test_packed_conversations_cost_what_each_costs_alone(step, params, documents, tmp_path):
+    """Loss on masked tokens only, and nothing leaks from one conversation to the next."""
+    random = np.random.default_rng(4)
+    masks = [random.random(len(d)) < 0.5 for d in documents]
+    stored = [StoredDocument(d, 7, m) for d, m in zip(documents, masks, strict=True)]
+    split = write_split(tmp_path / "split", stored, VOCAB, masked=True)
+    length = max(map(len, documents)) - 1  # none is cut
+    packed = score_split(step, params, split, row_length=length, batch_sequences=2)
+    expected = count = 0.0
+    for tokens, mask in zip(documents, masks, strict=True):
+        if len(tokens) > 1:
+            probs = log_probs(params, tokens[:-1])
+            expected -= sum(probs[i, tokens[i + 1]] for i in np.flatnonzero(mask[1:]))
+            count += mask[1:].sum()
+    assert packed.tokens == count == split.num_targets.sum()
+    assert packed.nats == pytest.approx(expected, rel=1e-5)
+    apart = score_documents(step, params, split.documents(), row_length=length, batch_tokens=64)
+    assert (apart.tokens, apart.num_bytes) == (count, 7 * len(documents))
+    assert apart.nats == pytest.approx(expected, rel=1e-5)
 
 
 def test_metrics_of_several_sources_have_an_all(step, params, documents, tmp_path):
