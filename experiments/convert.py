@@ -2,6 +2,7 @@
 
     python -m experiments.convert --source=smollm2 --target=runs/smollm2
     python -m experiments.convert --source=runs/smollm2 --target=exported --format=huggingface
+    python -m experiments.convert --source=runs/lora --target=adapter --format=peft
 
 A workdir made so has its parameters at step 0 and no optimizer: evaluate, generate and chat read
 it, and later stages start from it.
@@ -13,11 +14,22 @@ from etils import epath
 from configs.dataclass_config import config_to_json
 from configs.schema import PretrainConfig
 from experiments import entry
-from experiments.loading import LoadedModel, is_workdir, load_model
+from experiments.loading import (
+    LoadedModel,
+    is_workdir,
+    load_model,
+    load_model_config,
+    load_section,
+    read_config,
+)
 from llm.data.config import DataConfig, TokenizerConfig
 from llm.interop.huggingface import save_huggingface
+from llm.interop.peft import save_peft
+from llm.models.config import AdapterConfig
+from llm.models.transformer import Transformer
 from llm.training.checkpoints import Checkpointer
 from llm.training.files import write_atomically
+from llm.training.loading import load_params
 
 _SOURCE = flags.DEFINE_string(
     "source",
@@ -29,8 +41,12 @@ _TARGET = flags.DEFINE_string("target", None, "The directory to write.", require
 _FORMAT = flags.DEFINE_enum(
     "format",
     None,
-    ["workdir", "huggingface"],
-    "What to write; default: huggingface from a workdir, a workdir from anything else.",
+    ["workdir", "huggingface", "peft"],
+    "What to write; default: huggingface from a workdir, a workdir from anything else. A workdir's "
+    "adapter is merged, but for peft, which holds nothing else.",
+)
+_BASE_MODEL = flags.DEFINE_string(
+    "base_model", None, "With --format=peft: the Hugging Face directory that it adapts."
 )
 _STEP = flags.DEFINE_integer(
     "step", None, "Step of the source workdir; default: its newest good one."
@@ -49,6 +65,9 @@ def main() -> None:
     target = epath.Path(_TARGET.value)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--target={target} exists and is not empty; name another, or remove it")
+    if kind == "peft":
+        save_adapter(target)
+        return
     model = load_model(_SOURCE.value, step=_STEP.value, ema=_EMA.value)
     if kind == "workdir":
         save_workdir(target, model)
@@ -62,6 +81,23 @@ def main() -> None:
             max_shard_bytes=_MAX_SHARD.value,
         )
     print(f"{_SOURCE.value} → {target} ({kind})")
+
+
+def save_adapter(target: epath.Path) -> None:
+    """Write the low-rank factors of a workdir as a PEFT adapter of its base model."""
+    if not is_workdir(_SOURCE.value):
+        raise ValueError(f"--format=peft: {_SOURCE.value} is not a workdir")
+    base = _BASE_MODEL.value or read_config(_SOURCE.value).get("source", "")
+    if not (epath.Path(base) / "config.json").exists() or is_workdir(base):
+        raise ValueError(
+            f"--base_model={base or None}: PEFT needs the base model as a Hugging Face directory; "
+            "convert it first, then name it"
+        )
+    adapter = load_section(_SOURCE.value, "adapter", AdapterConfig, default=AdapterConfig())
+    model = Transformer(load_model_config(_SOURCE.value), adapter=adapter)
+    params = load_params(_SOURCE.value, _STEP.value, ema=_EMA.value).params
+    save_peft(target, model, params, base)
+    print(f"{_SOURCE.value} → {target} (peft, over {base})")
 
 
 def save_workdir(target: epath.Path, model: LoadedModel) -> None:

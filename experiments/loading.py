@@ -8,6 +8,7 @@ from etils import epath
 
 from configs.dataclass_config import from_config_dict
 from llm.data.tokenizers import Tokenizer, load_tokenizer
+from llm.interop.peft import CONFIG as PEFT_CONFIG
 from llm.interop.weights import load_weights
 from llm.models.adapters import merge_params
 from llm.models.config import AdapterConfig, TransformerConfig
@@ -51,7 +52,7 @@ def load_model(source: str, *, step: int | None = None, ema: bool = False) -> Lo
         return LoadedModel(config, params, load_tokenizer(path / "tokenizer"))
     if step is not None or ema:
         raise ValueError(f"{source} is not a workdir: it has no steps and no averaged parameters")
-    if path.is_dir() and not (path / "config.json").exists():
+    if path.is_dir() and not any((path / n).exists() for n in ("config.json", PEFT_CONFIG)):
         raise FileNotFoundError(
             f"{source} is neither a workdir nor a Hugging Face directory: it has no config.json"
         )

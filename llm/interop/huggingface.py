@@ -3,13 +3,12 @@
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 
 from llm.data.tokenizers import Tokenizer, load_tokenizer
 from llm.interop.checkpoint import Checkpoint
 from llm.interop.families import FAMILIES, config_from_huggingface, family_named, family_of
 from llm.interop.layout import check_params, load_params, read_param, tensors
+from llm.interop.new_directory import new_directory
 from llm.interop.safetensors_files import open_safetensors, write_safetensors
 from llm.models.config import TransformerConfig
 
@@ -62,15 +61,10 @@ def save_huggingface(
       ValueError: the directory exists and is not empty, no Hugging Face family has such a model
         (says what each would need), or the params are not those of the config.
     """
-    directory = pathlib.Path(directory).absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} exists and is not empty; name another, or remove it")
     model_type = family_of(config)
     check_params(config, params)
     by_name = {tensor.name: tensor for tensor in tensors(FAMILIES[model_type].rows, config)}
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    aside = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
-    try:
+    with new_directory(directory) as aside:
         write_safetensors(
             aside,
             {name: tensor.shape for name, tensor in by_name.items()},
@@ -80,18 +74,10 @@ def save_huggingface(
         )
         if tokenizer is not None:
             tokenizer.save(aside)
-        _write_json(aside / "config.json", _config_json(model_type, config, tokenizer, dtype))
-        _write_json(
+        write_json(aside / "config.json", _config_json(model_type, config, tokenizer, dtype))
+        write_json(
             aside / "generation_config.json", {"do_sample": False} | _special_tokens(tokenizer)
         )
-        # mkdtemp's directories and safetensors' files are for their owner alone
-        mask = _umask()
-        for path in aside.iterdir():
-            path.chmod(0o666 & ~mask)
-        aside.chmod(0o777 & ~mask)
-        os.rename(aside, directory)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _read_config(directory: pathlib.Path) -> dict:
@@ -131,11 +117,6 @@ def _special_tokens(tokenizer: Tokenizer | None) -> dict:
     }
 
 
-def _write_json(path: pathlib.Path, value: dict) -> None:
+def write_json(path: pathlib.Path, value: dict) -> None:
+    """Write an object as indented JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

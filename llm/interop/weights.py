@@ -1,5 +1,6 @@
 """Weights by where they are: a Hugging Face directory, a GGUF file, or SmolLM2 by name."""
 
+import dataclasses
 import os
 import pathlib
 
@@ -7,10 +8,13 @@ from llm.data.packages import smollm2_file
 from llm.interop.checkpoint import Checkpoint
 from llm.interop.gguf import load_gguf
 from llm.interop.huggingface import load_huggingface
+from llm.interop.peft import merge_peft, read_peft_config
 
 
 def load_weights(source: str | os.PathLike) -> Checkpoint:
     """Return the model of a Hugging Face directory or a .gguf file; "smollm2" fetches its package.
+
+    A directory of PEFT's is merged into the base model that it names.
 
     Raises:
       FileNotFoundError: there is nothing there.
@@ -19,6 +23,9 @@ def load_weights(source: str | os.PathLike) -> Checkpoint:
     path = pathlib.Path(source)
     if str(source) == "smollm2" and not path.exists():
         return load_gguf(smollm2_file())
+    if (path / "adapter_config.json").is_file():
+        base = load_weights(read_peft_config(path)["base_model_name_or_path"])
+        return dataclasses.replace(base, params=merge_peft(path, base.config, base.params))
     if path.is_dir():
         return load_huggingface(path)
     if path.is_file():
