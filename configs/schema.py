@@ -2,9 +2,10 @@
 
 import dataclasses
 
-from llm.data.config import DataConfig, TokenizerConfig
+from llm.data.config import DataConfig, SourceConfig, TokenizerConfig
 from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
 from llm.parallel.config import MeshConfig
+from llm.rl.config import AlgorithmConfig, KLConfig, RewardConfig, RolloutConfig
 from llm.training.config import OptimizerConfig, ScheduleConfig, TrainableConfig
 from llm.training.run_config import RunConfig
 
@@ -118,6 +119,65 @@ class FinetuneConfig(TrainingConfig):
         if self.total_tokens is not None:
             return -(-self.total_tokens // self.tokens_per_step)
         return max(1, round(self.total_epochs * rows_per_epoch / self.data.batch_sequences))
+
+
+@dataclasses.dataclass(frozen=True)
+class RlhfConfig:
+    """`experiments.rlhf`: a policy improved by policy gradients against rewards."""
+
+    source: str = ""  # of the policy, and of the reference: as FinetuneConfig's
+    value_source: str = ""  # a workdir of experiments.reward that the value starts from; "": the
+    # policy's trunk and a head of zeros
+    prompts: SourceConfig = SourceConfig()
+    max_bad_rows: int = 100
+    rewards: dict[str, RewardConfig] = dataclasses.field(default_factory=dict)
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    kl: KLConfig = KLConfig()
+    ptx: DataConfig = DataConfig()  # read where algorithm.ptx_weight is positive
+    adapter: AdapterConfig = AdapterConfig()
+    trainable: TrainableConfig = TrainableConfig()
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, weight_decay=0.0)
+    schedule: ScheduleConfig = ScheduleConfig(name="constant")
+    run: RunConfig = RunConfig()
+    samples_every_steps: int = 20  # responses to the run's logs; 0: never
+    num_samples: int = 4
+    total_steps: int = 100
+    accumulate_steps: int = 1  # parts of a minibatch
+    loss_tile_tokens: int = 4096
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.source:
+            raise ValueError("source is empty: name a workdir, a Hugging Face directory, …")
+        if not self.rewards:
+            raise ValueError("rewards is empty: name at least one, e.g. rewards.judge.path")
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps={self.total_steps}: must be positive")
+        parts = self.algorithm.minibatches * self.accumulate_steps
+        if self.accumulate_steps < 1 or self.responses_per_step % parts:
+            raise ValueError(
+                f"rollout.prompts × rollout.group = {self.responses_per_step} responses do not "
+                f"divide into algorithm.minibatches × accumulate_steps = {parts} parts"
+            )
+        if self.algorithm.name in ("rloo", "grpo") and self.rollout.group < 2:
+            raise ValueError(
+                f"algorithm.name={self.algorithm.name!r} compares responses to one prompt: "
+                f"rollout.group={self.rollout.group} must be at least 2"
+            )
+        if self.algorithm.dynamic_draws is not None and self.rollout.group < 2:
+            raise ValueError("algorithm.dynamic_draws needs groups: rollout.group of at least 2")
+        if self.algorithm.ptx_weight and not self.ptx.sources:
+            raise ValueError("algorithm.ptx_weight is positive and ptx.sources is empty")
+        if self.adapter.quantize != "none" and not self.adapter.rank:
+            raise ValueError(f"adapter.quantize={self.adapter.quantize!r} needs adapter.rank")
+
+    @property
+    def responses_per_step(self) -> int:
+        """Responses that are sampled, scored and learnt from in a step."""
+        return self.rollout.prompts * self.rollout.group
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A model from wherever it is: a workdir, a Hugging Face directory, a GGUF file, or SmolLM2."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -45,7 +46,12 @@ def load_model(source: str, *, step: int | None = None, ema: bool = False) -> Lo
     """
     path = epath.Path(source)
     if is_workdir(path):
-        config, params = load_model_config(path), load_params(path, step, ema=ema).params
+        fields = read_config(path)
+        if "comparisons" in fields:
+            raise ValueError(f"{source} holds a reward model, which scores texts and writes none")
+        part = "policy" if "rollout" in fields else ""  # of a run with several models
+        config = load_model_config(path)
+        params = load_params(path, step, part=part, ema=ema).params
         adapter = load_section(path, "adapter", AdapterConfig, default=AdapterConfig())
         if adapter != AdapterConfig():
             params = merge_params(Transformer(config, adapter=adapter), params)
@@ -65,20 +71,21 @@ def load_model(source: str, *, step: int | None = None, ema: bool = False) -> Lo
 def load_start(source: str, workdir: epath.PathLike, chat_template: str = "") -> Start:
     """Return the model that a stage in `workdir` starts from, or the one it goes on with.
 
-    A stage that has checkpoints needs its source no more, which may be gone. `chat_template` names
-    a file whose Jinja source replaces the tokenizer's own.
+    It comes without dropout, which is the stage's to set. A stage that has checkpoints needs its
+    source no more, which may be gone. `chat_template` names a file whose Jinja source replaces the
+    tokenizer's own.
     """
     template = epath.Path(chat_template).read_text() if chat_template else None
     if list_steps(workdir):
-        found = LoadedModel(
-            load_model_config(workdir), {}, load_tokenizer(epath.Path(workdir) / "tokenizer")
-        )
+        config = dataclasses.replace(load_model_config(workdir), dropout_rate=0.0)
+        found = LoadedModel(config, {}, load_tokenizer(epath.Path(workdir) / "tokenizer"))
         params = lambda: None  # noqa: E731
     else:
         found = load_model(source)
+        config = dataclasses.replace(found.config, dropout_rate=0.0)
         params = lambda: found.params  # noqa: E731
     tokenizer = found.tokenizer.with_chat_template(template) if template else found.tokenizer
-    return Start(found.config, tokenizer, params)
+    return Start(config, tokenizer, params)
 
 
 def is_workdir(path: epath.PathLike) -> bool:

@@ -38,6 +38,7 @@ class SourceConfig:
     context_field: str = ""  # what the prompt is about, put below it; "" = nothing
     response_field: str = "response"
     system_message: str = ""  # before conversations that have none
+    kept_fields: tuple[str, ...] = ()  # others to be read: an answer that rewards check, perhaps
     # Field that names what must not be cut by a split (a work, a film, a package);
     # "" = each document, or prompt of a conversation, by itself.
     group_field: str = ""

@@ -24,7 +24,9 @@ def conversation_fields(config: SourceConfig) -> tuple[str, ...]:
     return tuple(field for field in fields if field)
 
 
-def read_conversation(fields: Mapping[str, Any], config: SourceConfig) -> Messages:
+def read_conversation(
+    fields: Mapping[str, Any], config: SourceConfig, *, answered: bool = True
+) -> Messages:
     """Return a row's messages, with the config's system message before them where they have none.
 
     Raises:
@@ -43,7 +45,7 @@ def read_conversation(fields: Mapping[str, Any], config: SourceConfig) -> Messag
         )
     if config.system_message and messages[0]["role"] != "system":
         messages = ({"role": "system", "content": config.system_message}, *messages)
-    if all(message["role"] != "assistant" for message in messages):
+    if answered and all(message["role"] != "assistant" for message in messages):
         raise ConversationError("no assistant turn: there is nothing to learn")
     return messages
 

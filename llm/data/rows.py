@@ -19,6 +19,7 @@ class Document:
     id: str  # "notes.jsonl:17"
     group: str  # what a split must not cut: a work, a film, a package
     messages: tuple[dict[str, str], ...] = ()  # of a conversation
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of its row
 
 
 @dataclasses.dataclass(frozen=True)

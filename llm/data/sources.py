@@ -34,13 +34,14 @@ class Source:
         """Return the parts, in a fixed order. A TFDS data set not yet prepared is prepared here."""
         return self.reader.shards()
 
-    def read(self, shard: Shard) -> Iterator[Document | BadRow]:
+    def read(self, shard: Shard, *, answered: bool = True) -> Iterator[Document | BadRow]:
         """Yield the documents of a part that belong to this split, and every bad row of it.
 
+        Conversations must have an assistant's turn, unless they need not be `answered`: prompts.
         With a hold-out, train and validation read the same rows: a bad row comes up in both.
         """
         for row in self.reader.rows(shard, self._fields):
-            document = row if isinstance(row, BadRow) else self._document(row)
+            document = row if isinstance(row, BadRow) else self._document(row, answered)
             if isinstance(document, BadRow) or self._is_on_this_side(document.group):
                 yield document
 
@@ -62,13 +63,13 @@ class Source:
     def _fields(self) -> tuple[str, ...]:
         return fields_read(self.config)
 
-    def _document(self, row: Row) -> Document | BadRow:
+    def _document(self, row: Row, answered: bool) -> Document | BadRow:
         messages: Messages = ()
         if self.config.format == "text":
             text = _as_text(row.fields.get(self.config.text_field), self.config.text_field)
         else:
             try:
-                messages = read_conversation(row.fields, self.config)
+                messages = read_conversation(row.fields, self.config, answered=answered)
             except ConversationError as error:
                 return BadRow(row.source, row.row, str(error))
             text = "\n\n".join(message["content"] for message in messages)
@@ -93,7 +94,7 @@ class Source:
             # The text itself, not the row: stable when rows are inserted, and copies stay together.
             kept_together = _prompt(messages).encode() if messages else encoded
             group = hashlib.sha256(kept_together).hexdigest()[:16]
-        return Document(text, f"{row.source}:{row.row}", group, messages)
+        return Document(text, f"{row.source}:{row.row}", group, messages, row.fields)
 
     def _is_on_this_side(self, group: str) -> bool:
         if self.held_out is None:
@@ -131,7 +132,7 @@ def fields_read(config: SourceConfig) -> tuple[str, ...]:
     """Return the fields that documents of a source are made of."""
     is_text = config.format == "text"
     content = (config.text_field,) if is_text else conversation_fields(config)
-    return tuple(dict.fromkeys(f for f in (*content, config.group_field) if f))
+    return tuple(dict.fromkeys(f for f in (*content, config.group_field, *config.kept_fields) if f))
 
 
 def open_source(config: SourceConfig, split: Split = "train", cache_dir: str = "") -> Source:

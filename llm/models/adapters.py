@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from llm.models.quantization import dequantize_kernel, is_stored, quantize_kernel
-from llm.models.transformer import Transformer, init_params
+from llm.models.transformer import Model, init_params
 
 _FACTORS = ("lora_a", "lora_b")
 
@@ -17,7 +17,7 @@ def is_factor(name: str) -> bool:
     return name in _FACTORS
 
 
-def adapt_params(model: Transformer, params: dict, key: Key[Array, ""]) -> dict:
+def adapt_params(model: Model, params: dict, key: Key[Array, ""]) -> dict:
     """Return parameters of `model`, with its adapter, from those of the same model without one.
 
     Kernels are quantised as the adapter says, and factors are fresh: the model begins as it was, up
@@ -38,7 +38,7 @@ def adapt_params(model: Transformer, params: dict, key: Key[Array, ""]) -> dict:
     return one(init_params(model, key), params)
 
 
-def merge_params(model: Transformer, params: dict) -> dict:
+def merge_params(model: Model, params: dict) -> dict:
     """Return parameters of the same model without its adapter: kernel + alpha / rank · a · b."""
     scale = model.adapter.alpha / max(1, model.adapter.rank)
 

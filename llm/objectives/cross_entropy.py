@@ -59,8 +59,8 @@ def _tile_sums(logits, targets, weights, z_loss: float) -> tuple[Sums, Array]:
 
 def _over_tiles(fn, tile_tokens: int, arrays):
     """Map fn(*tile) → (summed, stacked) over tiles of [B T ...]; sum the one, join the other."""
-    tiles = _num_tiles(*arrays[0].shape[:2], tile_tokens)
-    cut = tuple(_cut(x, tiles) for x in arrays)
+    tiles = num_tiles(*arrays[0].shape[:2], tile_tokens)
+    cut = tuple(cut_tiles(x, tiles) for x in arrays)
 
     def body(total, tile):
         summed, stacked = fn(*tile)
@@ -69,16 +69,16 @@ def _over_tiles(fn, tile_tokens: int, arrays):
     shapes, _ = jax.eval_shape(fn, *(x[0] for x in cut))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     summed, stacked = jax.lax.scan(body, zero, cut)
-    return summed, jax.tree.map(_join, stacked)
+    return summed, jax.tree.map(join_tiles, stacked)
 
 
-def _num_tiles(batch: int, length: int, tile_tokens: int) -> int:
+def num_tiles(batch: int, length: int, tile_tokens: int) -> int:
     """Return the smallest divisor of the length that makes tiles of at most tile_tokens."""
     wanted = max(1, -(-batch * length // max(1, tile_tokens)))
     return next(n for n in range(min(wanted, length), length + 1) if length % n == 0)
 
 
-def _cut(x: Array, tiles: int) -> Array:
+def cut_tiles(x: Array, tiles: int) -> Array:
     """[B T ...] → [tiles B T/tiles ...]; each tile takes every tiles-th position.
 
     Strided, so that a length that is split over devices stays split in every tile.
@@ -87,8 +87,8 @@ def _cut(x: Array, tiles: int) -> Array:
     return jnp.moveaxis(x, 2, 0)
 
 
-def _join(x: Array) -> Array:
-    """The inverse of _cut."""
+def join_tiles(x: Array) -> Array:
+    """The inverse of cut_tiles."""
     x = jnp.moveaxis(x, 0, 2)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 

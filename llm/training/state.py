@@ -1,6 +1,6 @@
 """Everything a run must keep to go on bitwise. Second floor."""
 
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import flax.struct
 import jax
@@ -28,8 +28,20 @@ class TrainState:
     skipped_in_a_row: Int[Array, ""]  # steps whose gradient was not finite
 
 
+class ParamSpec(NamedTuple):
+    """Logical axes and shapes of parameters, for a tree that is not just a model's own."""
+
+    axes: dict
+    shapes: dict
+
+
+def param_spec(model: Model) -> ParamSpec:
+    """Return what `state_shardings` must know of a model's parameters."""
+    return ParamSpec(logical_axes(model), param_shapes(model))
+
+
 def init_state(
-    model: Model,
+    model: Model | ParamSpec,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     seed: int,
@@ -39,6 +51,7 @@ def init_state(
     rates: Rates | None = None,
 ) -> TrainState:
     """Return a fresh state, each array made on its own devices; `params` replace random ones.
+    (Of a spec they must be given.)
 
     Optimizer and average are of the parameters that `rates` (see `make_rates`) let learn.
     """
@@ -53,7 +66,12 @@ def init_state(
 
 
 def state_shardings(
-    model: Model, optimizer, mesh: Mesh, *, ema: bool = False, rates: Rates | None = None
+    model: Model | ParamSpec,
+    optimizer,
+    mesh: Mesh,
+    *,
+    ema: bool = False,
+    rates: Rates | None = None,
 ) -> TrainState:
     """Return the sharding of every array of the state, by the table of rules.
 
@@ -62,8 +80,8 @@ def state_shardings(
     Raises:
       ValueError: the mesh does not divide one of the model's dimensions.
     """
-    shapes = param_shapes(model)
-    params = make_shardings(mesh, logical_axes(model), shapes)
+    axes, shapes = model if isinstance(model, ParamSpec) else param_spec(model)
+    params = make_shardings(mesh, axes, shapes)
     known = {
         path: (shape.shape, sharding)
         for (path, shape), sharding in zip(

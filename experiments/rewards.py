@@ -1,0 +1,135 @@
+"""The rewards of a config, and what a value starts from: reward models loaded, digests recorded."""
+
+import dataclasses
+import json
+from typing import NamedTuple
+
+from etils import epath
+
+from configs.schema import RlhfConfig
+from experiments.loading import is_workdir, load_model_config, load_section
+from llm.data.tokenizers import Tokenizer, load_tokenizer
+from llm.models.adapters import merge_params
+from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
+from llm.models.scalar import ScalarModel
+from llm.rl.config import RewardConfig
+from llm.rl.models import Models, own_part
+from llm.rl.reward_model import make_model_reward
+from llm.rl.rewards import RewardFn, make_verifier
+from llm.training.files import write_atomically
+from llm.training.loading import load_params
+
+SCALE = "scale.json"  # in a reward model's workdir: shift and scale of its scores
+DIGESTS = "frozen.json"  # in a policy's workdir: what must be the same at a resume
+
+
+class LoadedReward(NamedTuple):
+    """A reward model on the host; its score is (raw − shift) / scale."""
+
+    config: TransformerConfig
+    adapter: AdapterConfig
+    params: dict  # trunk and score, with the adapter as it was trained
+    tokenizer: Tokenizer
+    shift: float
+    scale: float
+    digest: str
+
+    @property
+    def merged(self) -> dict:
+        """The parameters of the same model without its adapter."""
+        if self.adapter == AdapterConfig():
+            return self.params
+        return merge_params(ScalarModel(self.config, adapter=self.adapter), self.params)
+
+
+def load_reward(workdir: str) -> LoadedReward:
+    """Return the reward model of a workdir of experiments.reward, verified.
+
+    Raises:
+      ValueError: the workdir is not one of a reward model.
+    """
+    path = epath.Path(workdir)
+    if not is_workdir(path) or not (path / SCALE).exists():
+        raise ValueError(f"{workdir} is not the workdir of a finished reward model: no {SCALE}")
+    loaded, scale = load_params(path), json.loads((path / SCALE).read_text())
+    return LoadedReward(
+        config=load_model_config(path),
+        adapter=load_section(path, "adapter", AdapterConfig, default=AdapterConfig()),
+        params=loaded.params,
+        tokenizer=load_tokenizer(path / "tokenizer"),
+        shift=scale["shift"],
+        scale=scale["scale"],
+        digest=loaded.digest,
+    )
+
+
+def load_rewards(
+    config: RlhfConfig, compute: ComputeConfig
+) -> tuple[dict[str, tuple[RewardFn, float]], dict[str, str]]:
+    """Return the config's rewards with their weights by name, and the digests of their models."""
+    rewards, digests = {}, {}
+    for name, reward in sorted(config.rewards.items()):
+        if reward.kind == "model":
+            function, digests[f"rewards.{name}"] = _model_reward(reward, compute)
+        else:
+            function = make_verifier(reward)
+        rewards[name] = (function, reward.weight)
+    return rewards, digests
+
+
+def load_value_start(workdir: str, models: Models, tokenizer: Tokenizer) -> dict:
+    """Return the parameters of a value that starts as a reward model.
+
+    On a shared trunk these are the reward model's factors, whose trunk must be the policy's.
+
+    Raises:
+      ValueError: it is of another shape, or reads other tokens than the policy.
+    """
+    loaded, instead = load_reward(workdir), "or start it from the policy (value_source empty)"
+    if loaded.tokenizer.definition != tokenizer.definition:
+        raise ValueError(
+            f"value_source={workdir} has another tokenizer than the policy, whose tokens the value "
+            f"must read; give another, {instead}"
+        )
+    if dataclasses.replace(loaded.config, dropout_rate=0.0) != models.value.config:
+        raise ValueError(
+            f"value_source={workdir} has another shape than the policy; give another, {instead}"
+        )
+    if not models.shared:
+        return loaded.merged
+    if loaded.adapter != models.value.adapter:
+        raise ValueError(
+            f"value_source={workdir} was trained with {loaded.adapter}; on the policy's trunk it "
+            f"needs the same adapter, {models.value.adapter}; {instead}"
+        )
+    return own_part(loaded.params)
+
+
+def check_digests(workdir: epath.PathLike, digests: dict[str, str]) -> None:
+    """Record the digests of frozen models; at a resume, raise a ValueError where one differs."""
+    file = epath.Path(workdir) / DIGESTS
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(digests, indent=2) + "\n")
+        return
+    recorded = json.loads(file.read_text())
+    for name in sorted(recorded.keys() | digests.keys()):
+        if recorded.get(name) != digests.get(name):
+            raise ValueError(
+                f"{name} had the digest {recorded.get(name)} when this run began and has "
+                f"{digests.get(name)} now: the run cannot go on as it was. Restore the model, or "
+                "use another workdir"
+            )
+
+
+def _model_reward(reward: RewardConfig, compute: ComputeConfig) -> tuple[RewardFn, str]:
+    loaded = load_reward(reward.path)
+    function = make_model_reward(
+        ScalarModel(loaded.config, compute),
+        loaded.merged,
+        loaded.tokenizer,
+        shift=loaded.shift,
+        scale=loaded.scale,
+        batch_responses=reward.batch_responses,
+    )
+    return function, loaded.digest

@@ -1,0 +1,235 @@
+"""Improve a policy by policy gradients: PPO, RLOO, REINFORCE or GRPO.
+
+    python -m experiments.rlhf --config=configs/rlhf_tiny.py --workdir=runs/tiny_rlhf
+
+A step samples responses to prompts, scores them by the rewards, and updates policy and value. It is
+a function of parameters, seed and step alone: killed at any moment, it is done again the same.
+"""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+
+from configs.schema import RlhfConfig
+from experiments import entry
+from experiments.loading import Start, load_model, load_start
+from experiments.rewards import check_digests, load_rewards, load_value_start
+from llm.data.pipeline import make_training_batches
+from llm.data.prepare import prepare
+from llm.data.tokenizers import Tokenizer
+from llm.models.adapters import adapt_params
+from llm.models.scalar import ScalarModel
+from llm.models.transformer import Transformer, logical_axes, param_shapes
+from llm.parallel.mesh import make_mesh, start_distributed
+from llm.parallel.rules import make_shardings
+from llm.rl.collect import Collected, collect
+from llm.rl.learning import make_learn_step
+from llm.rl.models import Models, own_part
+from llm.rl.prompts import PromptBatches, load_prompts
+from llm.rl.rollout import check_gap, local_rows, make_rollout
+from llm.rl.state import init_controllers, rl_shardings, with_controllers
+from llm.training.digests import tree_digest
+from llm.training.loss import make_causal_lm_loss
+from llm.training.optimizers import make_optimizer
+from llm.training.run import Run
+from llm.training.run_config import check_config
+from llm.training.schedules import make_schedule
+from llm.training.state import init_state, state_shardings
+from llm.training.step import place_batch
+from llm.training.trainable import make_rates, split
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
+PROFILE = entry.define_profile()
+
+
+def rlhf(config: RlhfConfig, workdir: str) -> None:
+    """Improve, or go on improving, the policy that the config starts from."""
+    start_distributed()
+    start = load_start(config.source, workdir)
+    fields = dataclasses.asdict(config) | {"model": dataclasses.asdict(start.config)}
+    check_config(workdir, fields, allow_change=config.run.allow_config_change)
+    tokenizer = start.tokenizer
+    tokens_per_step = config.responses_per_step * config.rollout.response_tokens
+
+    # Mesh
+    mesh = make_mesh(config.mesh)
+
+    # Prompts and rewards
+    prompts = load_prompts(
+        config.prompts,
+        tokenizer,
+        max_tokens=config.rollout.prompt_tokens,
+        max_bad_rows=config.max_bad_rows,
+    )
+    batches = PromptBatches(prompts.prompts, config.rollout.prompts, config.seed)
+    rewards, digests = load_rewards(config, config.compute)
+    ptx = make_ptx_batches(config, tokenizer)
+
+    # Models
+    models = make_models(config, start)
+    spec = models.spec()
+    rates = make_rates(config.trainable, start.config, spec.shapes, adapted=config.adapter.rank > 0)
+    optimizer = make_optimizer(config.optimizer, split(spec.axes, rates)[0])
+    schedule = make_schedule(
+        config.schedule, total_steps=config.total_steps, tokens_per_step=tokens_per_step
+    )
+    rollout_fn = make_rollout(models.policy, config.rollout, tokenizer, mesh)
+    shardings = rl_shardings(state_shardings(spec, optimizer, mesh, rates=rates), mesh)
+    learn = make_learn_step(
+        models,
+        config.algorithm,
+        config.kl,
+        config.rollout,
+        optimizer,
+        config.optimizer,
+        schedule,
+        shardings,
+        mesh,
+        rates=rates,
+        ptx_loss=make_causal_lm_loss(models.policy, tile_tokens=config.loss_tile_tokens)
+        if ptx
+        else None,
+        accumulate_steps=config.accumulate_steps,
+        tile_tokens=config.loss_tile_tokens,
+    )
+
+    # Run
+    run = Run(
+        workdir,
+        fields,
+        config.run,
+        total_steps=config.total_steps,
+        tokens_per_step=tokens_per_step,
+    )
+    with jax.set_mesh(mesh), run:
+        # State
+        params, frozen, source_digests = init_models(config, models, start, mesh)
+        check_digests(run.workdir, digests | source_digests)
+        run.say(
+            f"{len(prompts.prompts)} prompts; {len(prompts.too_long)} longer than "
+            f"rollout.prompt_tokens={config.rollout.prompt_tokens} and {len(prompts.bad_rows)} bad "
+            "rows left out"
+        )
+        tokenizer.save(run.workdir / "tokenizer")
+        train = init_state(spec, optimizer, mesh, config.seed, params=params, rates=rates)
+        state = jax.device_put(
+            with_controllers(train, init_controllers(config.kl.coefficient)), shardings
+        )
+
+        # Restore
+        state, batches = run.restore(state, batches)
+        if ptx:
+            ptx.seek(run.step * config.ptx.batch_sequences)
+
+        # Loop
+        while run.step < run.total_steps:
+            collected = collect(
+                rollout_fn,
+                rewards,
+                batches,
+                state,
+                tokenizer,
+                config.rollout,
+                mesh,
+                extra_draws=config.algorithm.dynamic_draws or 0,
+            )
+            started = time.perf_counter()
+            state, metrics = learn(
+                state,
+                frozen,
+                collected.rollout,
+                collected.scores,
+                jnp.uint32(batches.cursor),
+                next_ptx(ptx, mesh),
+            )
+            check_gap(float(metrics["rl/log_prob_gap"]), run.step + 1, config.rollout)
+            learning = {"perf/learning_seconds": time.perf_counter() - started}
+            state = run.after_step(state, metrics | collected.metrics | learning)
+            if run.due(config.samples_every_steps):
+                write_samples(run, collected, config.num_samples)
+
+
+def make_models(config: RlhfConfig, start: Start) -> Models:
+    """Return the modules; all of them compute alike."""
+    policy = Transformer(start.config, config.compute, config.adapter)
+    if config.algorithm.name != "ppo":
+        return Models(policy, None)
+    return Models(policy, ScalarModel(start.config, config.compute, config.adapter))
+
+
+def init_models(
+    config: RlhfConfig, models: Models, start: Start, mesh: Mesh
+) -> tuple[dict, dict, dict[str, str]]:
+    """Return (parameters to train, frozen ones, digests of what is read at every start).
+
+    A run that goes on gets zeros to restore into. A reference that does not share the policy's
+    trunk is loaded from the source each time.
+    """
+    base, frozen, digests = start.params(), {}, {}
+    if not models.shared:
+        reference = load_model(config.source).params if base is None else base
+        digests["source"] = tree_digest(reference)
+        plain = models.reference
+        placed = make_shardings(mesh, logical_axes(plain), param_shapes(plain))
+        frozen["reference"] = jax.device_put(reference, placed)
+    if base is None:
+        shapes = models.spec().shapes
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), frozen, digests
+    key, value_key = jax.random.split(jax.random.key(config.seed))
+    params = {"policy": adapt_params(models.policy, base, key)}
+    if models.value is not None:
+        params["value"] = init_value(config, models, start, base, value_key)
+    return params, frozen, digests
+
+
+def init_value(config: RlhfConfig, models: Models, start: Start, base: dict, key) -> dict:
+    """Return the value's parameters: the reward model's, or the policy's trunk under zeros."""
+    if config.value_source:
+        return load_value_start(config.value_source, models, start.tokenizer)
+    trunk = {name: part for name, part in base.items() if name != "head"}
+    head = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), param_shapes(models.value)["score"])
+    value = adapt_params(models.value, {"trunk": trunk, "score": head}, key)
+    return own_part(value) if models.shared else value
+
+
+def make_ptx_batches(config: RlhfConfig, tokenizer: Tokenizer):
+    """Return batches of text whose loss is mixed in (PPO-ptx), or None."""
+    if not config.algorithm.ptx_weight:
+        return None
+    return make_training_batches(
+        config.ptx,
+        prepare(config.ptx, tokenizer),
+        tokenizer,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
+
+
+def next_ptx(ptx, mesh: Mesh) -> dict | None:
+    if ptx is None:
+        return None
+    batch = next(ptx)
+    return place_batch({name: x for name, x in batch.items() if name != "cursor"}, mesh)
+
+
+def write_samples(run: Run, collected: Collected, num_samples: int) -> None:
+    """Write some of the step's responses, with their scores, to the run's logs."""
+    scores = local_rows(collected.scores)
+    texts = {}
+    for i in range(min(num_samples, len(collected.texts))):
+        prompt, text = collected.prompts[i].text, collected.texts[i]
+        texts[f"samples/{i}"] = f"{prompt}\n→ {text}\n(score {scores[i]:.3f})"
+    run.write_texts(texts)
+
+
+def main(config: RlhfConfig) -> None:
+    rlhf(entry.profiled(config, PROFILE.value), WORKDIR.value)
+
+
+if __name__ == "__main__":
+    entry.run(main, RlhfConfig)

@@ -1,0 +1,121 @@
+"""One step's responses: sampled, put into words, scored; drawn again where asked. Third floor."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from llm.data.tokenizers import Tokenizer
+from llm.rl.config import RolloutConfig
+from llm.rl.prompts import Prompt
+from llm.rl.rewards import RewardFn, score
+from llm.rl.rollout import Rollout, RolloutFn, local_rows, response_texts
+from llm.training.state import TrainState
+from llm.training.step import place_batch
+
+
+class Collected(NamedTuple):
+    """Responses with their scores; texts and prompts are this host's."""
+
+    rollout: Rollout
+    scores: Float[Array, " B"]
+    prompts: list[Prompt]
+    texts: list[str]
+    metrics: dict[str, float]  # rewards by source, seconds by part
+
+
+def collect(
+    rollout_fn: RolloutFn,
+    rewards: Mapping[str, tuple[RewardFn, float]],
+    batches: Iterator[list[Prompt]],
+    state: TrainState,
+    tokenizer: Tokenizer,
+    config: RolloutConfig,
+    mesh: Mesh,
+    *,
+    extra_draws: int = 0,
+) -> Collected:
+    """Return the step's responses: a function of prompts, parameters, seed and step alone.
+
+    With `extra_draws`, further prompts are drawn, so many times at most, while some groups have
+    equal scores; groups whose scores differ take the places of those.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    key = jax.random.fold_in(key, 0)  # 1 is the learning's
+    kept = _draw(rollout_fn, rewards, batches, state, tokenizer, config, jax.random.fold_in(key, 0))
+    for draw in range(1, extra_draws + 1):
+        if _everywhere(_informative(kept, config.group).all()):
+            break
+        again = jax.random.fold_in(key, draw)
+        more = _draw(rollout_fn, rewards, batches, state, tokenizer, config, again)
+        kept = _fill(kept, more, config.group, mesh)
+    scores = place_batch({"scores": kept.scores}, mesh)["scores"]
+    return kept._replace(scores=scores)
+
+
+def _draw(rollout_fn, rewards, batches, state, tokenizer, config, key) -> Collected:
+    """Sample and score one batch of prompts; scores stay on the host."""
+    started = time.perf_counter()
+    dealt = next(batches)
+    each = len(dealt) // jax.process_count()
+    mine = dealt[jax.process_index() * each :][:each]
+    prompts = [prompt for prompt in mine for _ in range(config.group)]
+    rollout = jax.block_until_ready(rollout_fn(state.params["policy"], prompts, key))
+    sampled = time.perf_counter()
+    texts = response_texts(rollout, tokenizer)
+    scores, by_source = score(rewards, prompts, texts)
+    seconds = {
+        "perf/generation_seconds": sampled - started,
+        "perf/scoring_seconds": time.perf_counter() - sampled,
+    }
+    means = {f"rl/reward/{name}": float(np.mean(x)) for name, x in by_source.items()}
+    return Collected(rollout, scores, prompts, texts, means | seconds)
+
+
+def _informative(collected: Collected, group: int) -> np.ndarray:
+    grouped = collected.scores.reshape(-1, group)
+    return (grouped != grouped[:, :1]).any(axis=1)
+
+
+def _fill(kept: Collected, more: Collected, group: int, mesh: Mesh) -> Collected:
+    """Return `kept` with groups of equal scores replaced by groups of `more` whose scores differ.
+
+    Metrics are of the first draw, so that rewards are those of prompts as they come; seconds add.
+    """
+    empty = np.flatnonzero(~_informative(kept, group))
+    found = np.flatnonzero(_informative(more, group))[: len(empty)]
+    source = np.arange(len(kept.scores)).reshape(-1, group)
+    source[empty[: len(found)]] = len(kept.scores) + found[:, None] * group + np.arange(group)
+    rows = source.reshape(-1)
+
+    def pick(a: Sequence, b: Sequence) -> list:
+        both = [*a, *b]
+        return [both[row] for row in rows]
+
+    arrays = {
+        name: np.concatenate([local_rows(a), local_rows(b)])[rows]
+        for name, a, b in zip(Rollout._fields, kept.rollout, more.rollout, strict=True)
+    }
+    seconds = {
+        name: value + (more.metrics[name] if name.startswith("perf/") else 0.0)
+        for name, value in kept.metrics.items()
+    }
+    return Collected(
+        Rollout(**place_batch(arrays, mesh)),
+        np.concatenate([kept.scores, more.scores])[rows],
+        pick(kept.prompts, more.prompts),
+        pick(kept.texts, more.texts),
+        seconds,
+    )
+
+
+def _everywhere(here: bool) -> bool:
+    """Whether it is so on every host."""
+    if jax.process_count() == 1:
+        return bool(here)
+    return bool(multihost_utils.process_allgather(np.asarray(here)).all())

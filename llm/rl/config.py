@@ -1,0 +1,113 @@
+"""What a policy-gradient run samples, how it is rewarded and what it learns from. Without JAX."""
+
+import dataclasses
+from typing import Literal
+
+AlgorithmName = Literal["ppo", "rloo", "reinforce", "grpo"]
+
+
+@dataclasses.dataclass(frozen=True)
+class KLConfig:
+    """The divergence from the reference: its price, and where it is paid."""
+
+    coefficient: float = 0.05  # β, of nats
+    # "reward": k1 a token in the reward, whose optimum is π ∝ π_ref·exp(reward/β). "loss_k2": ½ of
+    # the squared log-ratio of each response in the loss, the same gradient on policy. "loss_k3":
+    # GRPO's published form, to reproduce it: its optimum is another, π = β·π_ref/(λ − reward).
+    place: Literal["reward", "loss_k2", "loss_k3"] = "reward"
+    target_nats: float | None = None  # a response; steers the coefficient. None: fixed
+    horizon_responses: int = 10_000  # of that steering
+
+    def __post_init__(self):
+        if self.coefficient < 0:
+            raise ValueError(f"kl.coefficient={self.coefficient}: must not be negative")
+        if self.target_nats is not None and self.target_nats <= 0:
+            raise ValueError(f"kl.target_nats={self.target_nats}: must be positive, or None")
+        if self.horizon_responses < 1:
+            raise ValueError(f"kl.horizon_responses={self.horizon_responses}: must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmConfig:
+    """How sampled and scored responses become an update."""
+
+    # "ppo": a learnt value and GAE. "rloo": the mean of a prompt's other responses is the baseline.
+    # "grpo": the mean of all of them. "reinforce": a moving average of scores is.
+    name: AlgorithmName = "ppo"
+    epochs: int = 1  # over each step's responses
+    minibatches: int = 1  # updates an epoch
+    clip_low: float = 0.2
+    clip_high: float = 0.2  # DAPO: 0.28
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
+    gamma: float = 1.0
+    lam: float = 0.95
+    value_clip: float | None = 0.2
+    value_weight: float = 1.0  # of the value's loss; it has parameters of its own
+    whiten_advantages: bool = True  # to mean 0 and variance 1 over a step's tokens
+    scale_scores: bool = False  # by their running deviation, without a shift
+    group_std: bool = False  # GRPO as first published; biased towards easy and hard prompts
+    # Further draws of prompts until all groups' scores differ (DAPO); what is left is masked.
+    # None: groups of equal scores stay in, with advantages of 0.
+    dynamic_draws: int | None = None
+    baseline_decay: float = 0.9  # of REINFORCE's moving average
+    missing_eos_penalty: float = 1.0  # off the score of a response that does not end by itself
+    overlong_buffer_tokens: int = 0  # DAPO's soft punishment before the limit; 0: none
+    entropy_weight: float = 0.0
+    ptx_weight: float = 0.0  # of the language-model loss on `ptx` data, nats a token
+    stop_kl: float | None = None  # approximate nats a token from the step's old policy: no more
+    # updates in a step beyond it
+
+    def __post_init__(self):
+        for name in ("epochs", "minibatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("clip_low", "clip_high"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)}: must be positive")
+        for name in ("gamma", "lam", "baseline_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)}: must lie in [0, 1]")
+        for name in ("value_weight", "missing_eos_penalty", "entropy_weight", "ptx_weight",
+                     "overlong_buffer_tokens"):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)}: must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """One source of reward; a step's score is their weighted sum."""
+
+    # "model": a workdir of experiments.reward. "arithmetic": the last number of the response is
+    # the row's answer. "pattern": the response matches a regular expression. "reasoning_gym": its
+    # own checker. "python": a function (prompts, responses) → scores, "package.module:name".
+    kind: Literal["model", "arithmetic", "pattern", "reasoning_gym", "python"] = "model"
+    path: str = ""  # workdir; regular expression; data set of reasoning-gym; function
+    answer_field: str = "answer"  # of the prompt's row
+    weight: float = 1.0
+    batch_responses: int = 64  # a model scores so many at a time
+
+    def __post_init__(self):
+        if self.kind != "arithmetic" and not self.path:
+            raise ValueError(f"rewards: kind {self.kind!r} needs a path; it is empty")
+        if self.batch_responses < 1:
+            raise ValueError(f"rewards: batch_responses={self.batch_responses}: must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """What a step samples."""
+
+    prompts: int = 16  # a step
+    group: int = 1  # responses a prompt
+    prompt_tokens: int = 64  # a longer prompt is skipped and counted
+    response_tokens: int = 48
+    temperature: float = 1.0  # the policy that is learnt is softmax(logits / temperature)
+    # Mean absolute difference of log-probabilities, trainer against sampler, that ends the run.
+    max_log_prob_gap: float = 0.05
+
+    def __post_init__(self):
+        for name in ("prompts", "group", "prompt_tokens", "response_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollout.{name}={getattr(self, name)}: must be at least 1")
+        if self.temperature <= 0:
+            raise ValueError(f"rollout.temperature={self.temperature}: must be positive")

@@ -1,0 +1,109 @@
+"""Responses to prompts by the policy that learns, in fixed shapes. Third floor."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from llm.data.tokenizers import Tokenizer
+from llm.generation.config import SamplingConfig
+from llm.generation.decode import make_generate
+from llm.generation.generator import stop_ids
+from llm.generation.prompts import sequence_keys
+from llm.models.transformer import Transformer
+from llm.rl.config import RolloutConfig
+from llm.rl.prompts import Prompt
+from llm.training.step import place_batch
+
+
+@no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
+class Rollout(NamedTuple):
+    """B responses: P tokens of prompt, padded on the left, then M of response, on the right."""
+
+    tokens: Int[Array, "B P+M"]
+    segment_ids: Int[Array, "B P+M"]  # 0: padding
+    positions: Int[Array, "B P+M"]
+    mask: Float[Array, "B M"]  # 1 on tokens of the response, EOS included
+    sampler_log_probs: Float[Array, "B M"]  # nats, of softmax(logits / temperature)
+    lengths: Int[Array, " B"]  # of responses
+    finished: Bool[Array, " B"]  # ended by EOS
+
+
+RolloutFn = Callable[..., Rollout]
+
+
+class SamplerMismatchError(RuntimeError):
+    """Trainer and sampler disagree on how likely the responses are."""
+
+
+def check_gap(gap: float, step: int, config: RolloutConfig) -> None:
+    """Raise a SamplerMismatchError if the log-probability gap, in nats a token, is too wide."""
+    if not gap <= config.max_log_prob_gap:  # NaN, too
+        raise SamplerMismatchError(
+            f"step {step}: log-probabilities of trainer and sampler differ by {gap:.3g} nats a "
+            f"token, more than rollout.max_log_prob_gap={config.max_log_prob_gap}: what is learnt "
+            "would not be the policy that was sampled. Compute in float32, or widen the bound"
+        )
+
+
+def make_rollout(
+    model: Transformer, config: RolloutConfig, tokenizer: Tokenizer, mesh: Mesh
+) -> RolloutFn:
+    """Return (params, prompts, key) → Rollout of this host's prompts among all hosts'.
+
+    Each prompt is answered as often as it is given. Compiles once: shapes are the config's.
+    """
+    sampling = SamplingConfig(max_new_tokens=config.response_tokens, temperature=config.temperature)
+    pad_id = tokenizer.eos_id
+    generate = make_generate(model, sampling, eos_ids=stop_ids(tokenizer), pad_id=pad_id)
+
+    @jax.jit
+    def sample(params, prompts, lengths, key) -> Rollout:
+        out = generate(params, prompts, lengths, sequence_keys(key, prompts.shape[0]))
+        width, length = prompts.shape[1], config.response_tokens
+        mask = jnp.arange(length) < out.lengths[:, None]
+        tokens = jnp.concatenate([prompts, out.tokens], axis=1)
+        index = jnp.arange(width + length)
+        first = width - lengths[:, None]
+        real = jnp.concatenate([index[:width] >= first, mask], axis=1)
+        return Rollout(
+            tokens=tokens,
+            segment_ids=real.astype(jnp.int32),
+            positions=jnp.maximum(index - first, 0),
+            mask=mask.astype(jnp.float32),
+            sampler_log_probs=jnp.where(mask, out.log_probs, 0.0),
+            lengths=out.lengths,
+            finished=out.finished,
+        )
+
+    def rollout(params: dict, prompts: Sequence[Prompt], key) -> Rollout:
+        rows = np.full((len(prompts), config.prompt_tokens), pad_id, np.int32)
+        for row, prompt in zip(rows, prompts, strict=True):
+            row[-len(prompt.tokens) :] = prompt.tokens
+        lengths = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
+        placed = place_batch({"prompts": rows, "lengths": lengths}, mesh)
+        return sample(params, placed["prompts"], placed["lengths"], key)
+
+    return rollout
+
+
+def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
+    """Return this host's responses as text, without control tokens, up to where they ended."""
+    tokens, lengths = (local_rows(x) for x in (rollout.tokens, rollout.lengths))
+    responses = tokens[:, tokens.shape[1] - rollout.mask.shape[1] :]
+    return [
+        tokenizer.decode(row[:length], skip_control=True)
+        for row, length in zip(responses.tolist(), lengths.tolist(), strict=True)
+    ]
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """Return the rows of a global array that lie on this host."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
