@@ -9,7 +9,8 @@ from typing import Literal, get_args
 SourceKind = Literal["tfds", "files", "huggingface"]
 TokenizerKind = Literal["train", "file", "bytes", "gpt2"]
 Packing = Literal["global", "online"]
-RowFormat = Literal["text", "messages", "prompt_response"]
+RowFormat = Literal["text", "messages", "prompt_response", "feedback"]
+FeedbackKind = Literal["auto", "comparison", "ranking", "rating", "thumbs", "correction"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +30,8 @@ class SourceConfig:
     validation_split: str = ""
     # Share of groups held out, chosen by a hash of the group: stable when documents are added.
     validation_fraction: float = 0.02
-    # A row is a text; a list of chat turns; or a prompt and its response. Of a conversation only
-    # the assistant's turns are learnt.
+    # A row is a text; a list of chat turns; a prompt and its response; or human feedback, whose
+    # fields are its kind's. Of a conversation only the assistant's turns are learnt.
     format: RowFormat = "text"
     text_field: str = "text"
     messages_field: str = "messages"
@@ -85,6 +86,34 @@ class TokenizerConfig:
             raise ValueError('tokenizer kind "file" needs tokenizer.path; it is empty')
         if self.vocab_size < 1:
             raise ValueError(f"tokenizer.vocab_size is {self.vocab_size}; it must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonsConfig:
+    """Human feedback as batches: prompts with several responses each, better and worse ones."""
+
+    source: SourceConfig = SourceConfig(format="feedback")
+    kind: FeedbackKind = "auto"  # by the fields of the first row
+    field_names: dict[str, str] = dataclasses.field(default_factory=dict)  # theirs by ours
+    length_tokens: int = 512  # of prompt and response; what is longer is left out and counted
+    batch_prompts: int = 8  # of the global batch, over all hosts
+    max_responses: int = 4  # a prompt; of more, each epoch draws so many
+    pad_left: bool = False
+    max_bad_rows: int = 100
+    seed: int = 0
+    cache_dir: str = ""
+
+    def __post_init__(self) -> None:
+        _check_choice("comparisons.kind", self.kind, get_args(FeedbackKind))
+        if self.source.format != "feedback":
+            raise ValueError(
+                f"comparisons.source.format is {self.source.format!r}; it must be feedback"
+            )
+        for name, least in (("length_tokens", 2), ("batch_prompts", 1), ("max_responses", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"comparisons.{name} is {getattr(self, name)}; it must be at least {least}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

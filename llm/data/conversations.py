@@ -20,6 +20,8 @@ def conversation_fields(config: SourceConfig) -> tuple[str, ...]:
     """Return the fields of a row that its messages are made of."""
     if config.format == "messages":
         return (config.messages_field,)
+    if config.format == "feedback":
+        return ()
     fields = (config.prompt_field, config.context_field, config.response_field)
     return tuple(field for field in fields if field)
 

