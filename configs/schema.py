@@ -2,11 +2,16 @@
 
 import dataclasses
 
-from llm.data.config import DataConfig, SourceConfig, TokenizerConfig
+from llm.data.config import ComparisonsConfig, DataConfig, SourceConfig, TokenizerConfig
 from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
 from llm.parallel.config import MeshConfig
 from llm.rl.config import AlgorithmConfig, KLConfig, RewardConfig, RolloutConfig
-from llm.training.config import OptimizerConfig, ScheduleConfig, TrainableConfig
+from llm.training.config import (
+    OptimizerConfig,
+    PreferenceConfig,
+    ScheduleConfig,
+    TrainableConfig,
+)
 from llm.training.run_config import RunConfig
 
 
@@ -119,6 +124,72 @@ class FinetuneConfig(TrainingConfig):
         if self.total_tokens is not None:
             return -(-self.total_tokens // self.tokens_per_step)
         return max(1, round(self.total_epochs * rows_per_epoch / self.data.batch_sequences))
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonStageConfig:
+    """What the stages that learn from comparisons have in common."""
+
+    source: str = ""  # as FinetuneConfig's
+    chat_template: str = ""
+    comparisons: ComparisonsConfig = ComparisonsConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    trainable: TrainableConfig = TrainableConfig()
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, weight_decay=0.0)
+    schedule: ScheduleConfig = ScheduleConfig(name="linear", warmup_steps=10)
+    run: RunConfig = RunConfig()
+    evaluate_every_steps: int = 100  # on held-out feedback, and at the end; 0: never
+    # Length of the run: one of the two.
+    total_steps: int | None = None
+    total_epochs: float | None = None  # passes over the prompts
+    accumulate_steps: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.source:
+            raise ValueError("source is empty: name a workdir, a Hugging Face directory, …")
+        if (self.total_steps is None) == (self.total_epochs is None):
+            raise ValueError("give total_steps or total_epochs, one of the two")
+        if (self.total_steps or self.total_epochs) <= 0:
+            raise ValueError("total_steps or total_epochs must be positive")
+        if self.accumulate_steps < 1 or self.comparisons.batch_prompts % self.accumulate_steps:
+            raise ValueError(
+                f"comparisons.batch_prompts={self.comparisons.batch_prompts} is not a multiple of "
+                f"accumulate_steps={self.accumulate_steps}"
+            )
+        if self.adapter.quantize != "none" and not self.adapter.rank:
+            raise ValueError(f"adapter.quantize={self.adapter.quantize!r} needs adapter.rank")
+
+    def num_steps(self, num_prompts: int) -> int:
+        """Steps of the whole run, over so many prompts."""
+        if self.total_steps is not None:
+            return self.total_steps
+        return max(1, round(self.total_epochs * num_prompts / self.comparisons.batch_prompts))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of a global batch, padding included."""
+        each = self.comparisons.max_responses * self.comparisons.length_tokens
+        return self.comparisons.batch_prompts * each
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModelConfig(ComparisonStageConfig):
+    """`experiments.reward`: a model that scores responses as people prefer them."""
+
+    dropout_rate: float = 0.0
+    tie_threshold: float = 0.0  # nats; 0: ties teach nothing
+    calibration_bins: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectPreferenceConfig(ComparisonStageConfig):
+    """`experiments.preference`: a policy improved on comparisons without a reward model."""
+
+    preference: PreferenceConfig = PreferenceConfig()
+    loss_tile_tokens: int = 4096
 
 
 @dataclasses.dataclass(frozen=True)

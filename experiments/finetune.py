@@ -10,13 +10,13 @@ fine-tuning, LoRA (`adapter.rank`) or QLoRA (`adapter.quantize`).
 import dataclasses
 
 import jax
-from absl import flags
 from etils import epath
 
 from configs.schema import FinetuneConfig
 from experiments import entry
 from experiments.evaluation import make_evaluation
 from experiments.loading import load_start
+from experiments.run_flags import PROFILE, WORKDIR
 from llm.data.pipeline import make_training_batches, num_truncated, rows_per_epoch
 from llm.data.prepare import prepare
 from llm.models.adapters import adapt_params
@@ -32,9 +32,6 @@ from llm.training.schedules import make_schedule
 from llm.training.state import init_state, state_shardings
 from llm.training.step import make_train_step
 from llm.training.trainable import make_rates, split
-
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
-PROFILE = entry.define_profile()
 
 
 def finetune(config: FinetuneConfig, workdir: str) -> None:

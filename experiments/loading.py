@@ -47,7 +47,7 @@ def load_model(source: str, *, step: int | None = None, ema: bool = False) -> Lo
     path = epath.Path(source)
     if is_workdir(path):
         fields = read_config(path)
-        if "comparisons" in fields:
+        if "calibration_bins" in fields:
             raise ValueError(f"{source} holds a reward model, which scores texts and writes none")
         part = "policy" if "rollout" in fields else ""  # of a run with several models
         config = load_model_config(path)

@@ -9,12 +9,12 @@ workdir, a run goes on where it stopped.
 import dataclasses
 
 import jax
-from absl import flags
 from etils import epath
 
 from configs.schema import PretrainConfig
 from experiments import entry
 from experiments.evaluation import make_evaluation
+from experiments.run_flags import PROFILE, WORKDIR
 from llm.data.pipeline import make_training_batches
 from llm.data.prepare import prepare
 from llm.data.tokenizer_training import make_tokenizer
@@ -29,9 +29,6 @@ from llm.training.run_config import check_config
 from llm.training.schedules import make_schedule
 from llm.training.state import init_state, state_shardings
 from llm.training.step import make_train_step
-
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
-PROFILE = entry.define_profile()
 
 
 def pretrain(config: PretrainConfig, workdir: str) -> None:

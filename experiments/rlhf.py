@@ -12,13 +12,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from jax.sharding import Mesh
 
 from configs.schema import RlhfConfig
 from experiments import entry
 from experiments.loading import Start, load_model, load_start
 from experiments.rewards import check_digests, load_rewards, load_value_start
+from experiments.run_flags import PROFILE, WORKDIR
 from llm.data.pipeline import make_training_batches
 from llm.data.prepare import prepare
 from llm.data.tokenizers import Tokenizer
@@ -31,7 +31,7 @@ from llm.rl.collect import Collected, collect
 from llm.rl.learning import make_learn_step
 from llm.rl.models import Models, own_part
 from llm.rl.prompts import PromptBatches, load_prompts
-from llm.rl.rollout import check_gap, local_rows, make_rollout
+from llm.rl.rollout import check_gap, make_rollout
 from llm.rl.state import init_controllers, rl_shardings, with_controllers
 from llm.training.digests import tree_digest
 from llm.training.loss import make_causal_lm_loss
@@ -40,11 +40,8 @@ from llm.training.run import Run
 from llm.training.run_config import check_config
 from llm.training.schedules import make_schedule
 from llm.training.state import init_state, state_shardings
-from llm.training.step import place_batch
+from llm.training.step import local_rows, place_batch
 from llm.training.trainable import make_rates, split
-
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
-PROFILE = entry.define_profile()
 
 
 def rlhf(config: RlhfConfig, workdir: str) -> None:

@@ -18,7 +18,8 @@ from etils import epath
 from configs.schema import PretrainConfig, SpeedrunConfig
 from experiments import entry
 from experiments.loading import load_model
-from experiments.pretrain import PROFILE, WORKDIR, pretrain
+from experiments.pretrain import pretrain
+from experiments.run_flags import PROFILE, WORKDIR
 from experiments.speedrun_report import write_speedrun_report
 from experiments.stages import Stages
 from llm.data.packing import load_pack_plan

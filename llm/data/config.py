@@ -13,6 +13,11 @@ RowFormat = Literal["text", "messages", "prompt_response", "feedback"]
 FeedbackKind = Literal["auto", "comparison", "ranking", "rating", "thumbs", "correction"]
 
 
+def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{what} is {value!r}; it must be one of {', '.join(choices)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
     """One corpus: a TFDS data set, plain files, or a Hugging Face data set."""
@@ -157,8 +162,3 @@ def cache_root(cache_dir: str = "") -> pathlib.Path:
     """Return where downloads and prepared data lie: `cache_dir`, else $LLM_CACHE, else ~/.cache."""
     chosen = cache_dir or os.environ.get("LLM_CACHE") or "~/.cache/ontogeny-llm"
     return pathlib.Path(chosen).expanduser().absolute()
-
-
-def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{what} is {value!r}; it must be one of {', '.join(choices)}")

@@ -14,9 +14,9 @@ from llm.data.tokenizers import Tokenizer
 from llm.rl.config import RolloutConfig
 from llm.rl.prompts import Prompt
 from llm.rl.rewards import RewardFn, score
-from llm.rl.rollout import Rollout, RolloutFn, local_rows, response_texts
+from llm.rl.rollout import Rollout, RolloutFn, response_texts
 from llm.training.state import TrainState
-from llm.training.step import place_batch
+from llm.training.step import local_rows, place_batch
 
 
 class Collected(NamedTuple):

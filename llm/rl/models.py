@@ -46,7 +46,9 @@ class Models(NamedTuple):
 
     def reference_params(self, params: dict, frozen: dict) -> dict:
         """Return the reference's parameters, out of the policy's or of what is kept frozen."""
-        return _without_factors(params["policy"]) if self.shared else frozen["reference"]
+        if self.shared:
+            return _without_factors(params["policy"])
+        return frozen.get("reference", {})
 
     def value_params(self, params: dict) -> dict:
         """Return the value's parameters, completed with the policy's trunk where it has none."""

@@ -17,7 +17,7 @@ from llm.generation.prompts import sequence_keys
 from llm.models.transformer import Transformer
 from llm.rl.config import RolloutConfig
 from llm.rl.prompts import Prompt
-from llm.training.step import place_batch
+from llm.training.step import local_rows, place_batch
 
 
 @no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
@@ -99,11 +99,3 @@ def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
         tokenizer.decode(row[:length], skip_control=True)
         for row, length in zip(responses.tolist(), lengths.tolist(), strict=True)
     ]
-
-
-def local_rows(x: jax.Array) -> np.ndarray:
-    """Return the rows of a global array that lie on this host."""
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])

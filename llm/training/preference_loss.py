@@ -1,8 +1,11 @@
 """Losses on batches of comparisons, as the train step takes them: scores, or a policy's own
 log-probabilities. Second floor."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from llm.models.scalar import ScalarModel, at_last_token
@@ -18,7 +21,7 @@ from llm.objectives.preference import (
     simpo_loss,
 )
 from llm.training.config import PreferenceConfig
-from llm.training.step import Batch, LossFn
+from llm.training.step import Batch, LossFn, local_rows, place_batch
 
 Slots = Float[Array, "G K"]
 
@@ -100,62 +103,69 @@ def response_log_prob_sums(
     return jnp.sum(join_tiles(out), axis=1)
 
 
+def make_reference_step(
+    reference: Transformer, mesh: Mesh, config: PreferenceConfig, *, tile_tokens: int = 4096
+) -> Callable[[dict, Batch], Batch]:
+    """Return (reference's parameters, batch) → the batch with what the reference says of it.
+
+    `reference_log_probs` and, for KTO, `reference_mismatched`, both [G K]: the train step needs
+    no second model then.
+    """
+
+    @jax.jit
+    def look(params, batch):
+        rows, shape = slot_rows(batch), batch["levels"].shape
+        found = {"reference_log_probs": rows}
+        if config.method == "kto":
+            found["reference_mismatched"] = mismatched(rows)
+        return {
+            name: response_log_prob_sums(reference, params, part, tile_tokens=tile_tokens).reshape(
+                shape
+            )
+            for name, part in found.items()
+        }
+
+    def step(params: dict, batch: Batch) -> Batch:
+        if not config.needs_reference:
+            return batch
+        arrays = {name: x for name, x in batch.items() if name != "cursor"}
+        found = look(params, place_batch(arrays, mesh))
+        return batch | {name: local_rows(x) for name, x in found.items()}
+
+    return step
+
+
 def make_preference_loss(
-    model: Transformer,
-    reference: Transformer,
-    config: PreferenceConfig,
-    *,
-    tile_tokens: int = 4096,
+    model: Transformer, config: PreferenceConfig, *, tile_tokens: int = 4096
 ) -> LossFn:
     """Return a direct preference loss, counted in "prompts"; each prompt's pairs weigh alike.
 
-    Parameters are {"policy", "reference"}, the second only for methods that have a reference. Its
-    sums: loss, accuracy of the implicit rewards, and their margin.
+    Batches bear what `make_reference_step` adds. Sums: loss, accuracy of the implicit rewards, and
+    their margin.
     """
+
+    def log_probs_of(params, rows: Batch) -> Float[Array, " B"]:
+        return response_log_prob_sums(model, params, rows, tile_tokens=tile_tokens)
 
     def loss_fn(params, batch, key):
         del key
         rows, shape = slot_rows(batch), batch["levels"].shape
         tokens = jnp.maximum(jnp.sum(rows["response_mask"], axis=1), 1.0).reshape(shape)
-
-        def sums_of(module, tree, rows):
-            return response_log_prob_sums(module, tree, rows, tile_tokens=tile_tokens)
-
-        policy = sums_of(model, params["policy"], rows).reshape(shape)
-        if config.needs_reference:
-            theirs = sums_of(reference, params["reference"], rows).reshape(shape)
-            theirs = jax.lax.stop_gradient(theirs)
-        else:
-            theirs = jnp.zeros(shape)
+        policy = log_probs_of(params, rows).reshape(shape)
+        theirs = batch.get("reference_log_probs", jnp.zeros(shape))
         wins, _ = pairs_of(batch["levels"], batch["present"])
         per_prompt = jnp.sum(wins, axis=(1, 2))
         weights = wins / jnp.maximum(per_prompt, 1)[:, None, None]
-        implicit = config.beta * (policy - theirs)
-        if config.method in ("orpo", "simpo"):
-            implicit = config.beta * policy / tokens
-        margin = implicit[:, :, None] - implicit[:, None, :]
         if config.method == "kto":
-            shuffled = mismatched(rows)
-            kl = jnp.mean(
-                sums_of(model, jax.lax.stop_gradient(params["policy"]), shuffled)
-                - sums_of(reference, params["reference"], shuffled)
-            )
-            present = batch["present"]
-            loss = kto_loss(
-                policy.reshape(-1),
-                theirs.reshape(-1),
-                (batch["levels"] >= config.desirable_level).reshape(-1),
-                present.reshape(-1),
-                kl,
-                beta=config.beta,
-            ).reshape(shape)
-            count = jnp.sum(present, axis=1)
-            objective = jnp.sum(jnp.sum(loss, axis=1) / jnp.maximum(count, 1))
-            prompts = jnp.sum(count > 0)
+            ours = log_probs_of(jax.lax.stop_gradient(params), mismatched(rows)).reshape(shape)
+            objective, prompts = _kto(policy, theirs, ours, batch, config)
         else:
-            loss = _pair_losses(policy, theirs, tokens, wins.shape, config)
-            objective = jnp.sum(jnp.where(wins, loss, 0.0) * weights)
+            losses = _pair_losses(policy, theirs, tokens, wins.shape, config)
+            objective = jnp.sum(jnp.where(wins, losses, 0.0) * weights)
             prompts = jnp.sum(per_prompt > 0)
+        per_token = config.method in ("orpo", "simpo")
+        implicit = config.beta * (policy / tokens if per_token else policy - theirs)
+        margin = implicit[:, :, None] - implicit[:, None, :]
         return objective, {
             "loss": objective,
             "accuracy": jnp.sum(weights * (margin > 0)),
@@ -164,6 +174,24 @@ def make_preference_loss(
         }
 
     return loss_fn
+
+
+def _kto(
+    policy: Slots, theirs: Slots, mismatched_ours: Slots, batch: Batch, config: PreferenceConfig
+) -> tuple[Float[Array, ""], Array]:
+    """Return KTO's loss, the mean of each prompt's responses summed, and the number of prompts."""
+    present = batch["present"]
+    log_ratio = jnp.where(present, mismatched_ours - batch["reference_mismatched"], 0.0)
+    losses = kto_loss(
+        policy.reshape(-1),
+        theirs.reshape(-1),
+        (batch["levels"] >= config.desirable_level).reshape(-1),
+        present.reshape(-1),
+        jnp.sum(log_ratio) / jnp.maximum(jnp.sum(present), 1),
+        beta=config.beta,
+    ).reshape(present.shape)
+    count = jnp.sum(present, axis=1)
+    return jnp.sum(jnp.sum(losses, axis=1) / jnp.maximum(count, 1)), jnp.sum(count > 0)
 
 
 def _pair_losses(

@@ -128,6 +128,14 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     }
 
 
+def local_rows(x: jax.Array) -> np.ndarray:
+    """Return the rows of a global array that lie on this host."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
 def accumulate(loss_fn: LossFn, params: dict, batch: Batch, key: Array, accumulate_steps: int):
     """Return gradients, objective and sums over microbatches, summed and not yet divided."""
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)

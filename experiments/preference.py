@@ -1,0 +1,150 @@
+"""Improve a policy on human feedback without a reward model: DPO, IPO, KTO, ORPO or SimPO.
+
+    python -m experiments.preference --config=configs/preference_tiny.py --workdir=runs/tiny_dpo
+
+What the reference says of the responses is computed beside each step; with an adapter it is the
+policy without its factors and takes no memory.
+"""
+
+import dataclasses
+
+import jax
+
+from configs.schema import DirectPreferenceConfig
+from experiments import entry
+from experiments.loading import Start, load_model, load_start
+from experiments.reward import splits_of
+from experiments.rewards import check_digests
+from experiments.run_flags import PROFILE, WORKDIR
+from llm.data.comparisons import ComparisonBatches, encode_feedback, load_feedback
+from llm.models.adapters import adapt_params
+from llm.models.transformer import Transformer, logical_axes, param_shapes
+from llm.parallel.mesh import make_mesh, start_distributed
+from llm.parallel.rules import make_shardings
+from llm.rl.models import Models
+from llm.training.digests import tree_digest
+from llm.training.optimizers import make_optimizer
+from llm.training.preference_loss import make_preference_loss, make_reference_step
+from llm.training.run import Run
+from llm.training.run_config import check_config
+from llm.training.schedules import make_schedule
+from llm.training.state import averaged_params, init_state, state_shardings
+from llm.training.step import make_train_step, place_batch
+from llm.training.trainable import make_rates, split
+
+
+def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
+    """Improve, or go on improving, the policy that the config starts from."""
+    start_distributed()
+    start = load_start(config.source, workdir, config.chat_template)
+    fields = dataclasses.asdict(config) | {"model": dataclasses.asdict(start.config)}
+    check_config(workdir, fields, allow_change=config.run.allow_config_change)
+
+    # Mesh
+    mesh = make_mesh(config.mesh)
+
+    # Data
+    encoded = {}
+    for name in splits_of(config):
+        found = load_feedback(config.comparisons, name)
+        encoded[name], _ = encode_feedback(
+            found.records, start.tokenizer, config.comparisons.length_tokens
+        )
+    hosts = dict(host_index=jax.process_index(), host_count=jax.process_count())
+    batches = ComparisonBatches(encoded["train"], config.comparisons, **hosts)
+    total_steps = config.num_steps(len(batches.records))
+
+    # Model
+    models = Models(Transformer(start.config, config.compute, config.adapter), None)
+    model = models.policy
+    rates = make_rates(config.trainable, start.config, param_shapes(model), adapted=models.shared)
+    optimizer = make_optimizer(config.optimizer, split(logical_axes(model), rates)[0])
+    schedule = make_schedule(
+        config.schedule, total_steps=total_steps, tokens_per_step=config.tokens_per_step
+    )
+    tiles = dict(tile_tokens=config.loss_tile_tokens)
+    loss_fn = make_preference_loss(model, config.preference, **tiles)
+    add_reference = make_reference_step(models.reference, mesh, config.preference, **tiles)
+
+    # State
+    ema = config.optimizer.ema_decay is not None
+    train_step = make_train_step(
+        loss_fn,
+        optimizer,
+        config.optimizer,
+        schedule,
+        state_shardings(model, optimizer, mesh, ema=ema, rates=rates),
+        mesh,
+        accumulate_steps=config.accumulate_steps,
+        rates=rates,
+        count="prompts",
+    )
+    score = jax.jit(lambda params, batch: loss_fn(params, batch, None)[1])
+
+    # Run
+    run = Run(
+        workdir,
+        fields,
+        config.run,
+        total_steps=total_steps,
+        tokens_per_step=config.tokens_per_step,
+    )
+    with jax.set_mesh(mesh), run:
+        start.tokenizer.save(run.workdir / "tokenizer")
+        base, frozen = init_frozen(config, models, start, mesh, run)
+        if base is not None:
+            base = adapt_params(model, base, jax.random.key(config.seed))
+        state = init_state(model, optimizer, mesh, config.seed, ema=ema, params=base, rates=rates)
+
+        # Restore
+        state, batches = run.restore(state, batches)
+
+        # Loop
+        while run.step < run.total_steps:
+            reference = models.reference_params({"policy": state.params}, frozen)
+            batch = add_reference(reference, next(batches))
+            state, metrics = train_step(state, batch)
+            state = run.after_step(state, metrics)
+            if run.due(config.evaluate_every_steps) and "validation" in encoded:
+                totals: dict[str, float] = {}
+                for batch in ComparisonBatches(
+                    encoded["validation"], config.comparisons, one_pass=True, **hosts
+                ):
+                    reference = models.reference_params({"policy": state.params}, frozen)
+                    batch = add_reference(reference, batch)
+                    arrays = {name: x for name, x in batch.items() if name != "cursor"}
+                    sums = score(averaged_params(state), place_batch(arrays, mesh))
+                    totals = {n: totals.get(n, 0.0) + float(x) for n, x in sums.items()}
+                write_evaluation(run, totals)
+
+
+def init_frozen(
+    config: DirectPreferenceConfig, models: Models, start: Start, mesh, run: Run
+) -> tuple[dict | None, dict]:
+    """Return (parameters that a fresh policy starts from, frozen ones): the reference, unless the
+    method has none or it shares the policy's trunk."""
+    base, frozen = start.params(), {}
+    if config.preference.needs_reference and not models.shared:
+        reference = load_model(config.source).params if base is None else base
+        check_digests(run.workdir, {"source": tree_digest(reference)})
+        plain = models.reference
+        placed = make_shardings(mesh, logical_axes(plain), param_shapes(plain))
+        frozen["reference"] = jax.device_put(reference, placed)
+    return base, frozen
+
+
+def write_evaluation(run: Run, totals: dict[str, float]) -> None:
+    """Write held-out means to the run's logs."""
+    count = max(totals.pop("prompts"), 1.0)
+    means = {name: total / count for name, total in totals.items()}
+    run.write_metrics({f"eval/{name}": value for name, value in means.items()})
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in sorted(means.items()))
+    run.say(f"step {run.step}: held-out {shown}")
+
+
+def main(config: DirectPreferenceConfig) -> None:
+    train_on_preferences(entry.profiled(config, PROFILE.value), WORKDIR.value)
+
+
+if __name__ == "__main__":
+    entry.run(main, DirectPreferenceConfig)

@@ -1,0 +1,207 @@
+"""Train a reward model: a language model's trunk under a scalar head, on human feedback.
+
+    python -m experiments.reward --config=configs/reward_tiny.py --workdir=runs/tiny_reward
+
+At the end scores are shifted and scaled to mean 0 and variance 1 over the responses it was trained
+on (scale.json), and held-out accuracy, calibration and accuracy by margin are written to
+preferences.json. experiments.rlhf takes the workdir as a reward.
+"""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from configs.schema import RewardModelConfig
+from experiments import entry
+from experiments.loading import Start, load_start
+from experiments.rewards import SCALE
+from experiments.run_flags import PROFILE, WORKDIR
+from llm.data.comparisons import ComparisonBatches, EncodedFeedback, encode_feedback, load_feedback
+from llm.evaluation.preferences import PreferenceReport, pair_differences, report_preferences
+from llm.models.adapters import adapt_params
+from llm.models.scalar import ScalarModel
+from llm.models.transformer import logical_axes, param_shapes
+from llm.parallel.mesh import make_mesh, start_distributed
+from llm.training.files import write_atomically
+from llm.training.optimizers import make_optimizer
+from llm.training.preference_loss import make_reward_loss, response_scores
+from llm.training.run import Run
+from llm.training.run_config import check_config
+from llm.training.schedules import make_schedule
+from llm.training.state import averaged_params, init_state, state_shardings
+from llm.training.step import local_rows, make_train_step, place_batch
+from llm.training.trainable import make_rates, split
+
+REPORT = "preferences.json"
+
+
+def train_reward(config: RewardModelConfig, workdir: str) -> None:
+    """Train, or go on training, a reward model on the config's feedback."""
+    start_distributed()
+    start = load_start(config.source, workdir, config.chat_template)
+    model_config = dataclasses.replace(start.config, dropout_rate=config.dropout_rate)
+    fields = dataclasses.asdict(config) | {"model": dataclasses.asdict(model_config)}
+    check_config(workdir, fields, allow_change=config.run.allow_config_change)
+
+    # Mesh
+    mesh = make_mesh(config.mesh)
+
+    # Data
+    feedback = {split: load_feedback(config.comparisons, split) for split in splits_of(config)}
+    encoded, cut = {}, {}
+    for name, found in feedback.items():
+        encoded[name], cut[name] = encode_feedback(
+            found.records, start.tokenizer, config.comparisons.length_tokens
+        )
+    hosts = dict(host_index=jax.process_index(), host_count=jax.process_count())
+    batches = ComparisonBatches(encoded["train"], config.comparisons, **hosts)
+    total_steps = config.num_steps(len(batches.records))
+
+    # Model
+    model = ScalarModel(model_config, config.compute, config.adapter)
+    rates = make_rates(
+        config.trainable, model_config, param_shapes(model), adapted=config.adapter.rank > 0
+    )
+    optimizer = make_optimizer(config.optimizer, split(logical_axes(model), rates)[0])
+    schedule = make_schedule(
+        config.schedule, total_steps=total_steps, tokens_per_step=config.tokens_per_step
+    )
+
+    # State
+    ema = config.optimizer.ema_decay is not None
+    train_step = make_train_step(
+        make_reward_loss(model, tie_threshold=config.tie_threshold),
+        optimizer,
+        config.optimizer,
+        schedule,
+        state_shardings(model, optimizer, mesh, ema=ema, rates=rates),
+        mesh,
+        accumulate_steps=config.accumulate_steps,
+        rates=rates,
+        count="prompts",
+    )
+    score_step = make_score_step(model, mesh)
+
+    # Run
+    run = Run(
+        workdir,
+        fields,
+        config.run,
+        total_steps=total_steps,
+        tokens_per_step=config.tokens_per_step,
+    )
+    with jax.set_mesh(mesh), run:
+        for name, found in feedback.items():
+            run.say(
+                f"{name}: {len(found.records)} prompts with pairs; {found.num_without_pairs} "
+                f"without and {len(found.bad_rows)} bad rows left out, {found.num_repeated} repeats"
+                f" dropped; {len(cut[name])} lost what is longer than comparisons.length_tokens"
+            )
+        start.tokenizer.save(run.workdir / "tokenizer")
+        state = init_state(
+            model,
+            optimizer,
+            mesh,
+            config.seed,
+            ema=ema,
+            params=init_params(start, model, config.seed),
+            rates=rates,
+        )
+
+        # Restore
+        state, batches = run.restore(state, batches)
+
+        # Loop
+        while run.step < run.total_steps:
+            batch = next(batches)
+            state, metrics = train_step(state, batch)
+            state = run.after_step(state, metrics)
+            if run.due(config.evaluate_every_steps) and "validation" in encoded:
+                params = averaged_params(state)
+                show(run, measure(score_step, params, encoded["validation"], config))
+
+        finish(run, score_step, averaged_params(state), encoded, config)
+
+
+def splits_of(config) -> tuple[str, ...]:
+    """Return the splits of a stage's feedback that there are."""
+    return ("train", "validation") if config.comparisons.source.has_validation else ("train",)
+
+
+def init_params(start: Start, model: ScalarModel, seed: int) -> dict | None:
+    """Return the source's trunk under a head of zeros; None where a run goes on."""
+    base = start.params()
+    if base is None:
+        return None
+    trunk = {name: part for name, part in base.items() if name != "head"}
+    head = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), param_shapes(model)["score"])
+    return adapt_params(model, {"trunk": trunk, "score": head}, jax.random.key(seed))
+
+
+def make_score_step(model: ScalarModel, mesh: Mesh):
+    """Return (parameters, batch) → this host's scores [G K], as NumPy."""
+    score = jax.jit(lambda params, batch: response_scores(model, params, batch))
+
+    def step(params: dict, batch: dict) -> np.ndarray:
+        arrays = {name: x for name, x in batch.items() if name != "cursor"}
+        return local_rows(score(params, place_batch(arrays, mesh)))
+
+    return step
+
+
+def score_all(score_step, params: dict, records: list[EncodedFeedback], config) -> list[tuple]:
+    """Return (scores, levels, present) of one pass over records, a batch each."""
+    found = []
+    for batch in ComparisonBatches(records, config.comparisons, one_pass=True):
+        found.append((score_step(params, batch), batch["levels"], batch["present"]))
+    return found
+
+
+def measure(
+    score_step, params: dict, records: list[EncodedFeedback], config: RewardModelConfig
+) -> PreferenceReport:
+    """Return accuracy and calibration on held-out feedback."""
+    batches = score_all(score_step, params, records, config)
+    differences = np.concatenate([pair_differences(*batch) for batch in batches])
+    return report_preferences(differences, num_bins=config.calibration_bins)
+
+
+def show(run: Run, report: PreferenceReport) -> None:
+    """Write held-out figures to the run's logs."""
+    run.write_metrics(
+        {
+            "eval/accuracy": report.accuracy,
+            "eval/loss": report.loss_nats,
+            "eval/calibration_error": report.calibration_error,
+        }
+    )
+    run.say(
+        f"step {run.step}: held-out accuracy {report.accuracy:.4f} over {report.pairs} pairs, "
+        f"loss {report.loss_nats:.4f}, calibration error {report.calibration_error:.4f}"
+    )
+
+
+def finish(
+    run: Run, score_step, params: dict, encoded: dict[str, list], config: RewardModelConfig
+) -> None:
+    """Write what those need who use the scores: scale.json, and how far to trust them."""
+    batches = score_all(score_step, params, encoded["train"], config)
+    scores = np.concatenate([s[present] for s, _, present in batches]).astype(np.float64)
+    scale = {"shift": float(scores.mean()), "scale": float(scores.std()) or 1.0}
+    write_atomically(run.workdir / SCALE, json.dumps(scale, indent=2) + "\n")
+    if "validation" in encoded:
+        report = measure(score_step, params, encoded["validation"], config)
+        text = json.dumps(entry.plain(report), indent=2)
+        write_atomically(epath.Path(run.workdir) / REPORT, text + "\n")
+
+
+def main(config: RewardModelConfig) -> None:
+    train_reward(entry.profiled(config, PROFILE.value), WORKDIR.value)
+
+
+if __name__ == "__main__":
+    entry.run(main, RewardModelConfig)
