@@ -98,7 +98,7 @@ class ComparisonsConfig:
     """Human feedback as batches: prompts with several responses each, better and worse ones."""
 
     source: SourceConfig = SourceConfig(format="feedback")
-    kind: FeedbackKind = "auto"  # by the fields of the first row
+    kind: FeedbackKind = "auto"  # by the fields of each row
     field_names: dict[str, str] = dataclasses.field(default_factory=dict)  # theirs by ours
     length_tokens: int = 512  # of prompt and response; what is longer is left out and counted
     batch_prompts: int = 8  # of the global batch, over all hosts
