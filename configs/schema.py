@@ -3,6 +3,7 @@
 import dataclasses
 
 from llm.data.config import ComparisonsConfig, DataConfig, SourceConfig, TokenizerConfig
+from llm.evaluation.config import JudgeConfig
 from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
 from llm.parallel.config import MeshConfig
 from llm.rl.config import AlgorithmConfig, KLConfig, RewardConfig, RolloutConfig
@@ -191,6 +192,11 @@ class DirectPreferenceConfig(ComparisonStageConfig):
     preference: PreferenceConfig = PreferenceConfig()
     loss_tile_tokens: int = 4096
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.preference.method == "kto" and self.comparisons.pad_left:
+            raise ValueError("comparisons.pad_left: kto swaps responses, which pads on the right")
+
 
 @dataclasses.dataclass(frozen=True)
 class RlhfConfig:
@@ -253,9 +259,18 @@ class RlhfConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SpeedrunConfig:
-    """`experiments.speedrun`: the main job, from raw text to a report."""
+    """`experiments.speedrun`: the main job, from raw text to an aligned model and a report.
+
+    Sources of later stages are names of earlier ones: pretrain, sft, reward.
+    """
 
     pretrain: PretrainConfig = PretrainConfig(total_steps=1)
+    finetune: FinetuneConfig = FinetuneConfig(source="pretrain", total_steps=1)
+    reward: RewardModelConfig = RewardModelConfig(source="sft", total_steps=1)
+    preference: DirectPreferenceConfig = DirectPreferenceConfig(source="sft", total_steps=1)
+    rlhf: RlhfConfig = RlhfConfig(source="sft", rewards={"reward": RewardConfig(path="reward")})
+    judge: JudgeConfig = JudgeConfig()
+    num_alignment_samples: int = 4  # responses of each policy in the report
     window_stride_tokens: int = 64  # of the sliding window that held-out text is read through
     ngram_order: int = 5
     prompts: tuple[str, ...] = ("The",)

@@ -45,10 +45,12 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
 
     # Data
     encoded = {}
+    pairs_only = config.preference.method != "kto"  # which learns from single thumbs, too
     for name in splits_of(config):
-        found = load_feedback(config.comparisons, name)
+        found = load_feedback(config.comparisons, name, pairs_only=pairs_only)
+        length = config.comparisons.length_tokens
         encoded[name], _ = encode_feedback(
-            found.records, start.tokenizer, config.comparisons.length_tokens
+            found.records, start.tokenizer, length, pairs_only=pairs_only
         )
     hosts = dict(host_index=jax.process_index(), host_count=jax.process_count())
     batches = ComparisonBatches(encoded["train"], config.comparisons, **hosts)

@@ -13,7 +13,7 @@ import json
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.schema import RewardModelConfig
 from experiments import entry
@@ -33,7 +33,7 @@ from llm.training.run import Run
 from llm.training.run_config import check_config
 from llm.training.schedules import make_schedule
 from llm.training.state import averaged_params, init_state, state_shardings
-from llm.training.step import local_rows, make_train_step, place_batch
+from llm.training.step import make_train_step, place_batch
 from llm.training.trainable import make_rates, split
 
 REPORT = "preferences.json"
@@ -51,11 +51,15 @@ def train_reward(config: RewardModelConfig, workdir: str) -> None:
     mesh = make_mesh(config.mesh)
 
     # Data
-    feedback = {split: load_feedback(config.comparisons, split) for split in splits_of(config)}
-    encoded, cut = {}, {}
-    for name, found in feedback.items():
+    pairs_only = config.tie_threshold == 0
+    feedback, encoded, cut = {}, {}, {}
+    for name in splits_of(config):
+        feedback[name] = load_feedback(config.comparisons, name, pairs_only=pairs_only)
         encoded[name], cut[name] = encode_feedback(
-            found.records, start.tokenizer, config.comparisons.length_tokens
+            feedback[name].records,
+            start.tokenizer,
+            config.comparisons.length_tokens,
+            pairs_only=pairs_only,
         )
     hosts = dict(host_index=jax.process_index(), host_count=jax.process_count())
     batches = ComparisonBatches(encoded["train"], config.comparisons, **hosts)
@@ -143,18 +147,23 @@ def init_params(start: Start, model: ScalarModel, seed: int) -> dict | None:
 
 
 def make_score_step(model: ScalarModel, mesh: Mesh):
-    """Return (parameters, batch) → this host's scores [G K], as NumPy."""
-    score = jax.jit(lambda params, batch: response_scores(model, params, batch))
+    """Return (parameters, global batch) → its scores [G K] as NumPy, the same on every host."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    score = jax.jit(
+        lambda params, batch: response_scores(model, params, batch), out_shardings=everywhere
+    )
 
     def step(params: dict, batch: dict) -> np.ndarray:
-        arrays = {name: x for name, x in batch.items() if name != "cursor"}
-        return local_rows(score(params, place_batch(arrays, mesh)))
+        each = len(batch["levels"]) // jax.process_count()
+        mine = slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+        arrays = {name: x[mine] for name, x in batch.items() if name != "cursor"}
+        return np.asarray(score(params, place_batch(arrays, mesh)))
 
     return step
 
 
 def score_all(score_step, params: dict, records: list[EncodedFeedback], config) -> list[tuple]:
-    """Return (scores, levels, present) of one pass over records, a batch each."""
+    """Return (scores, levels, present) of one pass over records, a global batch each."""
     found = []
     for batch in ComparisonBatches(records, config.comparisons, one_pass=True):
         found.append((score_step(params, batch), batch["levels"], batch["present"]))

@@ -8,6 +8,7 @@ a function of parameters, seed and step alone: killed at any moment, it is done 
 
 import dataclasses
 import time
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from llm.rl.collect import Collected, collect
 from llm.rl.learning import make_learn_step
 from llm.rl.models import Models, own_part
 from llm.rl.prompts import PromptBatches, load_prompts
+from llm.rl.rewards import RewardFn
 from llm.rl.rollout import check_gap, make_rollout
 from llm.rl.state import init_controllers, rl_shardings, with_controllers
 from llm.training.digests import tree_digest
@@ -44,8 +46,13 @@ from llm.training.step import local_rows, place_batch
 from llm.training.trainable import make_rates, split
 
 
-def rlhf(config: RlhfConfig, workdir: str) -> None:
-    """Improve, or go on improving, the policy that the config starts from."""
+def rlhf(
+    config: RlhfConfig, workdir: str, *, watched: Mapping[str, RewardFn] | None = None
+) -> None:
+    """Improve, or go on improving, the policy that the config starts from.
+
+    What is `watched` is logged as rewards are, and teaches nothing.
+    """
     start_distributed()
     start = load_start(config.source, workdir)
     fields = dataclasses.asdict(config) | {"model": dataclasses.asdict(start.config)}
@@ -65,6 +72,7 @@ def rlhf(config: RlhfConfig, workdir: str) -> None:
     )
     batches = PromptBatches(prompts.prompts, config.rollout.prompts, config.seed)
     rewards, digests = load_rewards(config, config.compute)
+    rewards |= {name: (function, 0.0) for name, function in (watched or {}).items()}
     ptx = make_ptx_batches(config, tokenizer)
 
     # Models

@@ -1,10 +1,11 @@
-"""The main job: from raw text to a trained model that speaks, with a report of every stage.
+"""The main job: a language model's whole life, with a report of every stage.
 
     python -m experiments.speedrun --workdir=runs/speedrun
 
 Fetch the corpora → train a tokenizer → pack → pretrain → score held-out text beside compressors and
-an n-gram model → sample → report.md, report.html, summary.json. Started again it goes on where it
-stopped. With a GPU the longer recipe is the default.
+an n-gram model → sample → fine-tune on instructions → reward models → DPO → PPO → judge →
+report.md, report.html, summary.json. Started again it goes on where it stopped. With a GPU the
+longer recipe is the default.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from experiments import entry
 from experiments.loading import load_model
 from experiments.pretrain import pretrain
 from experiments.run_flags import PROFILE, WORKDIR
+from experiments.speedrun_alignment import align
 from experiments.speedrun_report import write_speedrun_report
 from experiments.stages import Stages
 from llm.data.packing import load_pack_plan
@@ -58,6 +60,7 @@ def main(config: SpeedrunConfig) -> None:
     model_bits = stages.run("evaluate", lambda: evaluate(config, workdir / "pretrain", prepared))
     baselines = stages.run("baselines", lambda: measure_baselines(config, tokenizer, prepared))
     samples = stages.run("samples", lambda: sample(config, workdir / "pretrain"))
+    alignment = align(config, workdir, stages)
     write_speedrun_report(
         workdir,
         config,
@@ -65,6 +68,7 @@ def main(config: SpeedrunConfig) -> None:
         data=data_facts,
         bits_per_byte={"model": model_bits} | baselines,
         samples=samples,
+        alignment=alignment,
         wall_seconds=stages.wall_seconds,
     )
     print(f"report: {workdir / 'report.html'} (and report.md, summary.json)")

@@ -70,7 +70,7 @@ def check_messages(turns: Any) -> Messages:
             raise ConversationError(f"turn {number} is {_shown(turn)}, not an object")
         role = _decoded(turn.get("role", turn.get("from")))
         content = _decoded(turn.get("content", turn.get("value")))
-        role = _OTHER_NAMES.get(role, role)
+        role = _OTHER_NAMES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise ConversationError(f"turn {number} has the role {role!r}, not {', '.join(ROLES)}")
         if not isinstance(content, str):

@@ -125,7 +125,7 @@ class Tokenizer:
         )
         ids, starts = self._encode_rendered(rendered, mark)
         edges = [edge for span in spans for edge in span]
-        return ids, [place % 2 == 1 for place in np.searchsorted(edges, starts, side="right")]
+        return ids, (np.searchsorted(edges, starts, side="right") % 2 == 1).tolist()
 
     def _mark_spellings(self, messages: Messages) -> tuple[str, Messages]:
         """Return a mark, and messages with it inside every spelled control token."""

@@ -87,7 +87,11 @@ def _to_prompt(document: Document, config: SourceConfig, tokenizer: Tokenizer) -
     while messages[-1]["role"] == "assistant" and len(messages) > 1:
         messages = messages[:-1]
     tokens = tuple(tokenizer.encode_chat(messages, add_generation_prompt=True))
-    return Prompt(messages, tokens, dict(document.fields), document.id)
+    fields = {
+        name: value.decode(errors="replace") if isinstance(value, bytes) else value
+        for name, value in document.fields.items()
+    }
+    return Prompt(messages, tokens, fields, document.id)
 
 
 class PromptBatches(Iterator[list[Prompt]]):

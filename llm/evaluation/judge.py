@@ -1,0 +1,76 @@
+"""A classifier of texts that no policy has seen, and what it finds in responses. Third floor.
+
+TF-IDF and logistic regression: so unlike a language model that it does not share its weaknesses.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+
+from llm.data.config import SourceConfig
+from llm.data.rows import BadRow
+from llm.data.sources import open_source
+
+
+class Judge:
+    """Tells the label of a text; deterministic."""
+
+    def __init__(self, texts: Sequence[str], labels: Sequence[str], *, by_characters: bool = False):
+        analyzer = (
+            dict(analyzer="char", ngram_range=(1, 3))
+            if by_characters
+            else dict(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b|!|\?")
+        )
+        self._model: Pipeline = make_pipeline(
+            TfidfVectorizer(sublinear_tf=True, min_df=2, **analyzer),
+            LogisticRegression(C=4.0, max_iter=1000),
+        )
+        self._model.fit(texts, labels)
+
+    def __call__(self, texts: Sequence[str]) -> list[str]:
+        """Return the likelier label of each text."""
+        return self._model.predict(list(texts)).tolist()
+
+    def agreement(self, texts: Sequence[str], labels: Sequence[str]) -> float:
+        """Return the share of texts whose label is the one given."""
+        return float(np.mean([a == b for a, b in zip(self(texts), labels, strict=True)]))
+
+
+def labelled_texts(
+    config: SourceConfig, label_field: str, cache_dir: str = ""
+) -> tuple[list[str], list[str]]:
+    """Return texts, or last answers of conversations, with their labels.
+
+    Raises:
+      ValueError: no row has a text and a label.
+    """
+    config = dataclasses.replace(config, kept_fields=(*config.kept_fields, label_field))
+    source = open_source(config, "train", cache_dir)
+    texts, labels = [], []
+    for shard in source.shards():
+        for document in source.read(shard):
+            if isinstance(document, BadRow):
+                continue
+            label = document.fields[label_field]
+            texts.append(document.messages[-1]["content"] if document.messages else document.text)
+            labels.append(label.decode() if isinstance(label, bytes) else str(label))
+    if not texts:
+        raise ValueError(
+            f"{config.name or config.paths} has no row with a text and {label_field!r}"
+        )
+    return texts, labels
+
+
+def distinct_n(responses: Iterable[Sequence[int]], n: int) -> float:
+    """Return the share of different n-grams of tokens among all of them; 0 where there are none.
+
+    It falls as a policy collapses to few phrases; compare it at equal numbers of n-grams.
+
+    Source: Li et al. 2016, arXiv:1510.03055, section 5.2.
+    """
+    grams = [tuple(tokens[i : i + n]) for tokens in responses for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
