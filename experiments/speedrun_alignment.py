@@ -48,7 +48,8 @@ def align(config: SpeedrunConfig, workdir: epath.Path, stages: Stages) -> dict[s
         name: stages.run(f"judge {name}", lambda n=name: judge_policy(config, workdir, n, judge))
         for name in POLICIES
     }
-    return {"judge_on_real": real["agreement"], "policies": found}
+    curve = reward_curve(workdir)
+    return {"judge_on_real": real["agreement"], "policies": found, "curve": curve}
 
 
 def make_judge(config: SpeedrunConfig) -> Judge:

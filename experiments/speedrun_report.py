@@ -5,6 +5,7 @@ from typing import Any
 from etils import epath
 
 from configs.schema import SpeedrunConfig
+from llm.evaluation.alignment_report import alignment_section
 from llm.evaluation.facts import hardware_facts, version_facts
 from llm.evaluation.figures import (
     bits_per_byte_figures,
@@ -25,6 +26,8 @@ from llm.evaluation.tables import (
 from llm.scaling.accounting import num_active_params, num_params, training_flops_per_token
 from llm.training.metrics import read_metrics
 
+# Policies in summary.json, by the names of their stages.
+_SUMMARY_NAMES = {"pretrain": "base", "sft": "sft", "dpo": "dpo", "ppo": "ppo"}
 # What the model is held against, for the headline and the validation curve.
 _HEADLINE = {"xz": "xz alone", "xz_given_training": "xz given training text", "ngram": "5-gram"}
 
@@ -37,6 +40,7 @@ def write_speedrun_report(
     data: dict[str, dict[str, Any]],
     bits_per_byte: dict[str, dict[str, float]],
     samples: list[dict[str, str]],
+    alignment: dict[str, Any],
     wall_seconds: dict[str, float],
 ) -> None:
     """Write the three files; every figure of the report is in the summary too."""
@@ -60,6 +64,17 @@ def write_speedrun_report(
         tokenizer=tokenizer,
         data=data,
         samples=samples,
+        instruction_following={
+            _SUMMARY_NAMES[name]: found["instruction_following"]
+            for name, found in alignment["policies"].items()
+        }
+        | {"judge_on_real": alignment["judge_on_real"]},
+        distinct_2={
+            _SUMMARY_NAMES[name]: found["distinct_2"]
+            for name, found in alignment["policies"].items()
+        },
+        rl_kl=alignment["curve"][-1]["kl"],
+        alignment=alignment,
         hardware=facts,
         versions=versions,
     )
@@ -67,6 +82,7 @@ def write_speedrun_report(
         _text_section(bits_per_byte),
         _training_section(recipe, rows, bits_per_byte),
         Section("Samples", samples=tuple(Sample(s["prompt"], s["text"]) for s in samples)),
+        alignment_section(alignment["policies"], alignment["judge_on_real"], alignment["curve"]),
         Section(
             "Model",
             tables=(
@@ -91,7 +107,7 @@ def write_speedrun_report(
         "training FLOPs": format_power(model["training_flops"]),
         "wall time": format_duration(wall_seconds["total"]),
     }
-    write_report(Report("Speedrun: from raw text to a model", headline, sections), workdir)
+    write_report(Report("Speedrun: a language model's whole life", headline, sections), workdir)
 
 
 def _text_section(bits: dict[str, dict[str, float]]) -> Section:
