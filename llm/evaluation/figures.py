@@ -53,7 +53,7 @@ def loss_figure(rows: MetricRows, *, tokens_per_step: float | None = None) -> Fi
 
     The axis runs over steps, or over tokens where it is told how many a step has.
     """
-    drawing, axes = _draw()
+    drawing, axes = draw()
     steps, losses = metric_series(rows, "train/loss")
     scale = tokens_per_step or 1.0
     if len(steps):
@@ -69,7 +69,7 @@ def loss_figure(rows: MetricRows, *, tokens_per_step: float | None = None) -> Fi
     axes.set_ylabel("loss (nats per token)")
     _finish_curve(axes, tokens_per_step)
     description = f"Loss over {_span(steps)}; training ends at {_end(losses)}{last}."
-    return _figure("loss", drawing, description, "Loss of training and validation.")
+    return as_figure("loss", drawing, description, "Loss of training and validation.")
 
 
 def validation_figure(
@@ -79,7 +79,7 @@ def validation_figure(
     tokens_per_step: float | None = None,
 ) -> Figure:
     """Draw each `eval/<domain>/bits_per_byte`, with `baselines` over all domains as level lines."""
-    drawing, axes = _draw()
+    drawing, axes = draw()
     last = _plot_domains(axes, rows, "bits_per_byte", tokens_per_step or 1.0)
     for i, (name, value) in enumerate((baselines or {}).items()):
         style = ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))[i % 4]
@@ -88,12 +88,12 @@ def validation_figure(
     axes.set_ylabel("validation (bits per byte)")
     _finish_curve(axes, tokens_per_step)
     caption = "Bits per byte of validation text in the course of training."
-    return _figure("validation", drawing, f"{caption[:-1]}{last}.", caption)
+    return as_figure("validation", drawing, f"{caption[:-1]}{last}.", caption)
 
 
 def learning_rate_figure(rows: MetricRows, *, tokens_per_step: float | None = None) -> Figure:
     """Draw the learning rate."""
-    drawing, axes = _draw(height=2.4)
+    drawing, axes = draw(height=2.4)
     steps, rates = metric_series(rows, "train/learning_rate")
     axes.plot(steps * (tokens_per_step or 1.0), rates, color=BLUE, linewidth=1.8)
     axes.set_ylim(bottom=0)
@@ -102,7 +102,7 @@ def learning_rate_figure(rows: MetricRows, *, tokens_per_step: float | None = No
     _finish_curve(axes, tokens_per_step)
     peak = f"{rates.max():.3g}" if len(rates) else "nothing"
     description = f"Learning rate over {_span(steps)}; its peak is {peak}."
-    return _figure("learning-rate", drawing, description, "Learning rate.")
+    return as_figure("learning-rate", drawing, description, "Learning rate.")
 
 
 def bits_per_byte_figures(bits: BitsPerByte) -> tuple[Figure, ...]:
@@ -117,7 +117,7 @@ def _bar_figure(bits: BitsPerByte, domain: str, limit: float) -> Figure:
     names = [name for name in predictors_of(bits) if np.isfinite(bits[name].get(domain, np.nan))]
     values = [bits[name][domain] for name in names]
     labels = [PREDICTOR_LABELS.get(name, name) for name in names]
-    drawing, axes = _draw(height=0.9 + 0.27 * len(names))
+    drawing, axes = draw(height=0.9 + 0.27 * len(names))
     bars = axes.barh(range(len(names)), values, height=0.72, color=list(map(_bar_colour, names)))
     axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=10)
     axes.set_yticks(range(len(names)), [_plain(label) for label in labels])
@@ -130,7 +130,7 @@ def _bar_figure(bits: BitsPerByte, domain: str, limit: float) -> Figure:
     axes.set_title(_plain(title), loc="left", fontsize=11, fontweight="bold")
     listed = ", ".join(f"{label} {value:.3f}" for label, value in zip(labels, values, strict=True))
     slug = "".join(c if c.isascii() and c.isalnum() else f"-{ord(c):x}-" for c in domain)
-    return _figure(f"bits-per-byte-{slug}", drawing, f"Bits per byte, {title}: {listed}.")
+    return as_figure(f"bits-per-byte-{slug}", drawing, f"Bits per byte, {title}: {listed}.")
 
 
 def _bar_colour(name: str) -> str:
@@ -159,7 +159,8 @@ def _plot_domains(axes: Axes, rows: MetricRows, metric: str, scale: float) -> st
     return "".join(ends)
 
 
-def _draw(height: float = _HEIGHT_INCHES) -> tuple[Drawing, Axes]:
+def draw(height: float = _HEIGHT_INCHES) -> tuple[Drawing, Axes]:
+    """Return an empty drawing and its axes, in the house's style."""
     drawing = Drawing(figsize=(_WIDTH_INCHES, height), layout="constrained")
     axes = drawing.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -181,7 +182,8 @@ def _finish_curve(axes: Axes, tokens_per_step: float | None) -> None:
         axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=10)
 
 
-def _figure(name: str, drawing: Drawing, description: str, caption: str = "") -> Figure:
+def as_figure(name: str, drawing: Drawing, description: str, caption: str = "") -> Figure:
+    """Return a finished drawing as the SVG of a report."""
     stream = io.StringIO()
     # A fixed salt and no date: the same numbers draw the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "report", "svg.fonttype": "path"}):
