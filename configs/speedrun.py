@@ -45,9 +45,9 @@ def get_pretrain_config():
     config = to_config_dict(PretrainConfig(total_steps=2000))
     config.model = to_config_dict(from_depth(3, vocab_size=4096, max_length_tokens=256))
     config.data.sources = {
-        "prose": _builder("english_prose"),
-        "reviews": _builder("film_reviews"),
-        "code": _builder("stdlib_code"),
+        "prose": builder("english_prose"),
+        "reviews": builder("film_reviews"),
+        "code": builder("stdlib_code"),
     }
     config.data.tokenizer.vocab_size = 4096
     config.data.length_tokens = 256
@@ -139,5 +139,6 @@ def _reviews(config: str, split: str = "train") -> SourceConfig:
     )
 
 
-def _builder(name: str):
+def builder(name: str):
+    """Return one of the packaged corpora as a source."""
     return to_config_dict(SourceConfig(kind="tfds", name=name, validation_split="validation"))

@@ -17,12 +17,12 @@ STAGE_LABELS = {
     "ppo": "PPO",
 }
 _COLUMNS = {
-    "instruction_following": "Follows the instruction",
-    "reward": "Reward (proxy)",
-    "reward_judge": "Reward (held-out labels)",
-    "distinct_2": "Distinct 2-grams",
+    "instruction_following": "Follows",
+    "reward": "Proxy reward",
+    "reward_judge": "Other reward",
+    "distinct_2": "Distinct-2",
     "response_tokens": "Tokens",
-    "ended_by_eos": "Ends by itself",
+    "ended_by_eos": "Ended",
 }
 
 
@@ -41,7 +41,11 @@ def alignment_section(
         (STAGE_LABELS[name], *(found[column] for column in _COLUMNS))
         for name, found in policies.items()
     )
-    table = Table(("Policy", *_COLUMNS.values()), rows, "Means over all responses.")
+    caption = (
+        "Means over all responses: shares that follow the instruction, that are different among "
+        "all pairs of tokens, and that end by themselves; rewards in deviations."
+    )
+    table = Table(("Policy", *_COLUMNS.values()), rows, caption)
     samples = tuple(
         Sample(f"{sample['prompt']}\n", sample["text"], STAGE_LABELS[name])
         for name, found in policies.items()
