@@ -48,10 +48,10 @@ class HuggingFaceReader:
     def rows(self, shard: Shard, fields: Sequence[str]) -> Iterator[Row | BadRow]:
         """Yield the rows of a range."""
         data = self._load()
-        for field in fields:  # where the features were not told before the download
-            if field not in data.column_names:
-                raise unknown_field(self.name, field, data.column_names)
-        data = data.select_columns(list(fields))
+        present = [field for field in fields if field in data.column_names]
+        if fields and not present:  # where the features were not told before the download
+            raise unknown_field(self.name, fields[0], data.column_names)
+        data = data.select_columns(present)
         for index in range(shard.start, len(data) if shard.stop is None else shard.stop):
             yield Row(data[index], shard.name, index + 1)
 

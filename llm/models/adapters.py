@@ -1,11 +1,13 @@
 """From a model's parameters to those of the same model with an adapter, and back. Models floor."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from llm.models.config import AdapterConfig
 from llm.models.quantization import dequantize_kernel, is_stored, quantize_kernel
 from llm.models.transformer import Model, init_params
 
@@ -35,7 +37,9 @@ def adapt_params(model: Model, params: dict, key: Key[Array, ""]) -> dict:
                 adapted[name] = part if is_factor(name) else one(part, given[name])
         return adapted
 
-    return one(init_params(model, key), params)
+    if model.adapter == AdapterConfig():
+        return params
+    return one(jax.jit(functools.partial(init_params, model))(key), params)
 
 
 def merge_params(model: Model, params: dict) -> dict:

@@ -1,0 +1,252 @@
+"""finetune, reward, preference and rlhf as a user runs them: one after the other on a tiny model.
+
+Each is also broken off in the middle and gone on with, and ends bitwise where the unbroken one did.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from llm.training.loading import load_params
+from llm.training.metrics import read_metrics
+
+LENGTH = 48
+ENVIRONMENT = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2")}
+
+
+def run(module, *arguments, expect=0, code=None):
+    start = ["-m", f"experiments.{module}"] if code is None else ["-c", code]
+    command = [sys.executable, *start, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A directory with data of every stage, recipes for it, and a pretrained model of bytes."""
+    folder = tmp_path_factory.mktemp("life")
+    random = np.random.default_rng(0)
+    words = ["sun", "sea", "sky", "sand", "wind"]
+    with (folder / "text.jsonl").open("w") as file:
+        for _ in range(30):
+            file.write(json.dumps({"text": " ".join(random.choice(words, 40))}) + "\n")
+    with (folder / "pairs.jsonl").open("w") as file:
+        for i in range(40):
+            row = {"prompt": f"say {words[i % 5]}", "response": f"{words[i % 5]} {i}"}
+            file.write(json.dumps(row) + "\n")
+        file.write('{"prompt": "no answer"}\n')
+    with (folder / "feedback.jsonl").open("w") as file:
+        for i in range(24):
+            good, bad = words[i % 5], words[(i + 1) % 5]
+            row = {"prompt": f"say {i}", "chosen": f"{good} {i}", "rejected": f"{bad}"}
+            file.write(json.dumps(row) + "\n")
+    (folder / "recipes.py").write_text(RECIPES.format(folder=str(folder), length=LENGTH))
+    run("pretrain", *recipe(folder, "pretrain"), f"--workdir={folder / 'pretrain'}")
+    return folder
+
+
+def recipe(folder, stage):
+    return (f"--config={folder / 'recipes.py'}:{stage}",)
+
+
+RECIPES = """
+from configs import finetune_tiny, preference_tiny, pretrain_tiny, reward_tiny, rlhf_tiny
+from configs.dataclass_config import to_config_dict
+from llm.data.config import SourceConfig
+from llm.models.presets import from_depth
+
+FOLDER, LENGTH = {folder!r}, {length}
+
+
+def source(name, **fields):
+    path = FOLDER + "/" + name + ".jsonl"
+    return to_config_dict(SourceConfig(paths=(path,), validation_fraction=0.25, **fields))
+
+
+def get_config(stage):
+    config = globals()[stage]()
+    config.run.log_every_steps = 1
+    config.run.save_every_steps = 2
+    config.schedule.warmup_steps = 1
+    return config
+
+
+def pretrain():
+    config = pretrain_tiny.get_config()
+    config.model = to_config_dict(from_depth(1, vocab_size=300, max_length_tokens=LENGTH))
+    config.data.sources = {{"text": source("text")}}
+    config.data.tokenizer.kind = "bytes"
+    config.data.cache_dir = FOLDER + "/cache"
+    config.data.length_tokens, config.data.batch_sequences = LENGTH, 4
+    config.total_steps = 2
+    config.schedule.decay_steps = 1
+    config.evaluation.every_steps, config.evaluation.prompts = 0, ()
+    return config
+
+
+def finetune():
+    config = finetune_tiny.get_config()
+    config.source = FOLDER + "/pretrain"
+    config.data.sources = {{"pairs": source("pairs", format="prompt_response")}}
+    config.data.cache_dir = FOLDER + "/cache"
+    config.data.length_tokens, config.data.batch_sequences = LENGTH, 4
+    config.total_epochs, config.total_steps = None, 4
+    config.evaluation.every_steps = 4
+    config.evaluation.prompts = ("say sun",)
+    config.evaluation.sample_tokens = 4
+    return config
+
+
+def comparisons(config):
+    config.source = FOLDER + "/finetune"
+    config.comparisons.source = source("feedback", format="feedback")
+    config.comparisons.length_tokens = 32
+    config.comparisons.batch_prompts = 4
+    config.comparisons.max_responses = 2
+    config.total_epochs, config.total_steps = None, 4
+    config.evaluate_every_steps = 4
+    return config
+
+
+def reward():
+    return comparisons(reward_tiny.get_config())
+
+
+def preference():
+    return comparisons(preference_tiny.get_config())
+
+
+def rlhf():
+    config = rlhf_tiny.get_config()
+    config.source = FOLDER + "/finetune"
+    config.value_source = FOLDER + "/reward"
+    config.prompts = source("pairs", format="prompt_response")
+    config.rewards.rule.kind = "model"
+    config.rewards.rule.path = FOLDER + "/reward"
+    config.rollout.prompts, config.rollout.response_tokens = 4, 6
+    config.total_steps = 4
+    config.samples_every_steps = 2
+    return config
+"""
+
+ORDER = ("finetune", "reward", "preference", "rlhf")
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """Every stage run in one go."""
+    for stage in ORDER:
+        done = run(stage, *recipe(folder, stage), f"--workdir={folder / stage}")
+        (folder / f"{stage}.log").write_text(done.stdout + done.stderr)
+    return folder
+
+
+LEAVE = """
+import sys, os, signal
+import experiments.{stage} as stage, llm.training.run as r
+from experiments import entry
+import configs.schema as schema
+{patch}
+entry.run(stage.main, schema.{config})
+"""
+AFTER_TWO_STEPS = """
+real = r.Run.after_step
+def leave(self, state, metrics):
+    state = real(self, state, metrics)
+    if self.step == 2: os.kill(os.getpid(), signal.SIGTERM)
+    return state
+r.Run.after_step = leave
+"""
+# kill -9 when the third step's responses are scored and nothing is learnt from them yet.
+BETWEEN_ROLLOUT_AND_UPDATE = """
+real, calls = stage.collect, []
+def collect(*arguments, **options):
+    collected = real(*arguments, **options)
+    calls.append(1)
+    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)
+    return collected
+stage.collect = collect
+"""
+CONFIGS = {
+    "finetune": "FinetuneConfig",
+    "reward": "RewardModelConfig",
+    "preference": "DirectPreferenceConfig",
+    "rlhf": "RlhfConfig",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ORDER)
+def test_a_broken_run_ends_where_the_unbroken_one_does(whole, stage):
+    workdir = whole / f"{stage}_broken"
+    patch, code = (BETWEEN_ROLLOUT_AND_UPDATE, -9) if stage == "rlhf" else (AFTER_TWO_STEPS, 75)
+    leave = LEAVE.format(stage=stage, patch=patch, config=CONFIGS[stage])
+    run(stage, *recipe(whole, stage), f"--workdir={workdir}", expect=code, code=leave)
+    run(stage, *recipe(whole, stage), f"--workdir={workdir}")
+    assert load_params(workdir).digest == load_params(whole / stage).digest
+    assert load_params(workdir).step == 4
+    ours, theirs = (
+        [
+            {k: v for k, v in row.items() if not k.startswith("perf/") and k != "time"}
+            for row in read_metrics(path)
+        ]
+        for path in (workdir, whole / stage)
+    )
+    assert ours == theirs
+
+
+def test_what_each_stage_leaves(whole):
+    said = (whole / "finetune.log").read_text()
+    assert "say sun|" in said
+    report = json.loads((whole / "reward" / "preferences.json").read_text())
+    assert 0 <= report["accuracy"] <= 1 and report["pairs"] > 0
+    scale = json.loads((whole / "reward" / "scale.json").read_text())
+    assert np.isfinite(scale["shift"]) and scale["scale"] > 0
+    rows = read_metrics(whole / "rlhf")
+    for name in ("rl/kl", "rl/entropy", "rl/reward/rule", "perf/generation_seconds"):
+        assert all(name in row for row in rows if "rl/score" in row), name
+    assert set(json.loads((whole / "rlhf" / "frozen.json").read_text())) == {
+        "rewards.rule",
+        "source",
+    }
+
+
+def test_policies_speak_and_reward_models_do_not(whole):
+    for stage in ("finetune", "preference", "rlhf"):
+        run("generate", f"--workdir={whole / stage}", "--prompt=say sun", "--max_new_tokens=3")
+    done = run("generate", f"--workdir={whole / 'reward'}", "--prompt=x", expect=2)
+    assert "holds a reward model, which scores texts and writes none" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "stage, override, message",
+    [
+        ("finetune", "--config.adapter.rnak=2", "no field 'rnak'; did you mean rank?"),
+        ("finetune", "--config.source=nowhere", "nowhere does not exist; give a Hugging Face"),
+        ("finetune", "--config.trainable.freeze=('layer/*',)", "'layer/*' matches no parameter"),
+        ("reward", "--config.comparisons.kind=thumbs", "24 rows are bad"),
+        ("preference", "--config.preference.method=dop", "must be one of"),
+        ("rlhf", "--config.algorithm.minibatches=3", "do not divide into"),
+        ("rlhf", "--config.rewards.rule.path=nowhere", "not the workdir of a finished reward"),
+        ("rlhf", "--config.algorithm.name=grpo", "rollout.group=1 must be at least 2"),
+    ],
+)
+def test_mistakes_are_one_line(whole, stage, override, message):
+    arguments = (*recipe(whole, stage), override, f"--workdir={whole / 'mistake'}")
+    done = run(stage, *arguments, expect=2)
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_reward_model_that_changed_is_noticed(whole, tmp_path):
+    """The run goes on only with the very models that it began with."""
+    frozen = whole / "rlhf" / "frozen.json"
+    before = frozen.read_text()
+    frozen.write_text(before.replace(json.loads(before)["rewards.rule"], "0" * 16))
+    done = run("rlhf", *recipe(whole, "rlhf"), f"--workdir={whole / 'rlhf'}", expect=2)
+    frozen.write_text(before)
+    assert "rewards.rule had the digest 0000000000000000 when this run began" in done.stderr
