@@ -95,10 +95,8 @@ class HarnessModel(TemplateLM):
 
         Spelled control tokens become tokens, as a rendered chat needs it.
         """
-        prefix = self.tokenizer.text_prefix
-        if add_special_tokens is False or (
-            add_special_tokens is None and string.startswith(self.tokenizer.decode([self.prefix_token_id]))
-        ):
+        prefix, bos = self.tokenizer.text_prefix, self.tokenizer.decode([self.prefix_token_id])
+        if add_special_tokens is False or (add_special_tokens is None and string.startswith(bos)):
             prefix = ()
         return [*prefix, *self.tokenizer.encode(string, control=True)]
 
@@ -199,7 +197,8 @@ class HarnessModel(TemplateLM):
     def _plan(self, given: dict[str, Any]) -> tuple[SamplingConfig, tuple[str, ...]]:
         """Return how a task wants its texts generated, and where they stop."""
         wanted = dict(normalize_gen_kwargs(given, DEFAULT_NEW_TOKENS))
-        stops = handle_stop_sequences(wanted.pop("until"), self.tokenizer.decode([self.eot_token_id]))
+        eos = self.tokenizer.decode([self.eot_token_id])
+        stops = handle_stop_sequences(wanted.pop("until"), eos)
         limit = wanted.pop("max_gen_toks")
         if not wanted.pop("do_sample"):
             wanted["temperature"] = 0.0
@@ -219,8 +218,9 @@ class HarnessModel(TemplateLM):
         return self.tok_encode(text) or [self.prefix_token_id]
 
     def _decoder(self, sampling: SamplingConfig):
+        ends, pad_id = stop_ids(self.tokenizer), self.eot_token_id
         prefill, advance = make_decoder(
-            unstacked(self._model), sampling, eos_ids=stop_ids(self.tokenizer), pad_id=self.eot_token_id
+            unstacked(self._model), sampling, eos_ids=ends, pad_id=pad_id
         )
         return jax.jit(prefill), jax.jit(advance, donate_argnums=1)
 
@@ -228,7 +228,8 @@ class HarnessModel(TemplateLM):
         """Return the texts of one batch, generated no further than the stop strings need."""
         prefill, advance = decoder
         missing = self.batch_size - len(prompts)  # one shape, however few are left
-        tokens, lengths = pad_prompts([*prompts.values(), *[[self.eot_token_id]] * missing], self.eot_token_id)
+        pad_id = self.eot_token_id
+        tokens, lengths = pad_prompts([*prompts.values(), *[[pad_id]] * missing], pad_id)
         # a request's own key, whatever batch it came into
         keys = sequence_keys(self._key, max(prompts) + 1)[jnp.asarray([*prompts, *[0] * missing])]
         state = prefill(self._decoding_params, tokens, lengths, keys)

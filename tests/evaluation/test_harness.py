@@ -94,8 +94,9 @@ def test_the_same_scores_as_the_harness_own_model(models, chat):
     said = answers(ours, "facts_generate")
     assert said == answers(theirs, "facts_generate") and any(text != [[""]] for text in said)
     for task in ("facts_choice", "facts_generate"):
-        assert ours["results"][task]["acc,none" if "choice" in task else "exact_match,none"] == (
-            theirs["results"][task]["acc,none" if "choice" in task else "exact_match,none"]
+        assert (
+            ours["results"][task]["acc,none" if "choice" in task else "exact_match,none"]
+            == (theirs["results"][task]["acc,none" if "choice" in task else "exact_match,none"])
         )
     assert ours["results"]["facts_choice"]["acc,none"] > 0.25  # chance
 
