@@ -36,7 +36,6 @@ from llm.training.trainable import make_rates, split
 
 def finetune(config: FinetuneConfig, workdir: str) -> None:
     """Train, or go on training, the model that the config starts from."""
-    start_distributed()
     start = load_start(config.source, workdir, config.chat_template)
     model_config = dataclasses.replace(start.config, dropout_rate=config.dropout_rate)
     fields = dataclasses.asdict(config) | {"model": dataclasses.asdict(model_config)}
@@ -123,6 +122,7 @@ def finetune(config: FinetuneConfig, workdir: str) -> None:
 
 
 def main(config: FinetuneConfig) -> None:
+    start_distributed()
     finetune(entry.profiled(config, PROFILE.value), WORKDIR.value)
 
 

@@ -35,7 +35,6 @@ from llm.training.trainable import make_rates, split
 
 def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
     """Improve, or go on improving, the policy that the config starts from."""
-    start_distributed()
     start = load_start(config.source, workdir, config.chat_template)
     fields = dataclasses.asdict(config) | {"model": dataclasses.asdict(start.config)}
     check_config(workdir, fields, allow_change=config.run.allow_config_change)
@@ -145,6 +144,7 @@ def write_evaluation(run: Run, totals: dict[str, float]) -> None:
 
 
 def main(config: DirectPreferenceConfig) -> None:
+    start_distributed()
     train_on_preferences(entry.profiled(config, PROFILE.value), WORKDIR.value)
 
 

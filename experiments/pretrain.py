@@ -37,7 +37,6 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
     check_config(workdir, fields, allow_change=config.run.allow_config_change)  # before JAX starts
 
     # Mesh
-    start_distributed()
     mesh = make_mesh(config.mesh)
 
     # Model
@@ -109,6 +108,7 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
 
 
 def main(config: PretrainConfig) -> None:
+    start_distributed()
     pretrain(entry.profiled(config, PROFILE.value), WORKDIR.value)
 
 

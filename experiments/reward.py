@@ -41,7 +41,6 @@ REPORT = "preferences.json"
 
 def train_reward(config: RewardModelConfig, workdir: str) -> None:
     """Train, or go on training, a reward model on the config's feedback."""
-    start_distributed()
     start = load_start(config.source, workdir, config.chat_template)
     model_config = dataclasses.replace(start.config, dropout_rate=config.dropout_rate)
     fields = dataclasses.asdict(config) | {"model": dataclasses.asdict(model_config)}
@@ -209,6 +208,7 @@ def finish(
 
 
 def main(config: RewardModelConfig) -> None:
+    start_distributed()
     train_reward(entry.profiled(config, PROFILE.value), WORKDIR.value)
 
 

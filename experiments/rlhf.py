@@ -53,7 +53,6 @@ def rlhf(
 
     What is `watched` is logged as rewards are, and teaches nothing.
     """
-    start_distributed()
     start = load_start(config.source, workdir)
     fields = dataclasses.asdict(config) | {"model": dataclasses.asdict(start.config)}
     check_config(workdir, fields, allow_change=config.run.allow_config_change)
@@ -233,6 +232,7 @@ def write_samples(run: Run, collected: Collected, num_samples: int) -> None:
 
 
 def main(config: RlhfConfig) -> None:
+    start_distributed()
     rlhf(entry.profiled(config, PROFILE.value), WORKDIR.value)
 
 

@@ -38,11 +38,12 @@ from llm.evaluation.ngram import fit_ngram
 from llm.generation.config import SamplingConfig
 from llm.generation.generator import Generator
 from llm.models.transformer import Transformer
-from llm.parallel.mesh import make_mesh
+from llm.parallel.mesh import make_mesh, start_distributed
 from llm.training.run_config import check_config, record_config
 
 
 def main(config: SpeedrunConfig) -> None:
+    start_distributed()  # once, for all stages
     workdir = epath.Path(WORKDIR.value)
     fields = dataclasses.asdict(config)
     record_changes = check_config(
