@@ -27,7 +27,7 @@ from llm.models.adapters import adapt_params
 from llm.models.scalar import ScalarModel
 from llm.models.transformer import Transformer, logical_axes, param_shapes
 from llm.parallel.mesh import make_mesh, start_distributed
-from llm.parallel.rules import make_shardings
+from llm.parallel.rules import make_shardings, ways
 from llm.rl.collect import Collected, collect
 from llm.rl.learning import make_learn_step
 from llm.rl.models import Models, own_part
@@ -82,7 +82,9 @@ def rlhf(
     schedule = make_schedule(
         config.schedule, total_steps=config.total_steps, tokens_per_step=tokens_per_step
     )
-    rollout_fn = make_rollout(models.policy, config.rollout, tokenizer, mesh)
+    width = prompts.width(8 * ways(mesh, "activation_length"))
+    rollout_config = dataclasses.replace(config.rollout, prompt_tokens=width)
+    rollout_fn = make_rollout(models.policy, rollout_config, tokenizer, mesh)
     shardings = rl_shardings(state_shardings(spec, optimizer, mesh, rates=rates), mesh)
     learn = make_learn_step(
         models,

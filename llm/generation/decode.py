@@ -51,7 +51,8 @@ def make_decoder(
 ) -> tuple[Callable, Callable]:
     """Return (prefill, advance), to be jitted by the caller, for an `unstacked` model.
 
-    prefill(params, prompts [B P], lengths [B], keys [B]) → DecodeState with one token sampled.
+    prefill(params, prompts [B P], lengths [B], keys [B·n]) → DecodeState with one token sampled in
+    each of n continuations of a prompt, side by side: what a prompt costs is paid once.
     advance(params, state, num_tokens) → DecodeState with up to num_tokens more, fewer when every
     sequence has ended or max_new_tokens are there.
 
@@ -106,6 +107,14 @@ def make_decoder(
         if sampling.repetition_penalty != 1.0:
             rows = jnp.arange(batch)[:, None]
             seen = jnp.zeros(logits.shape, bool).at[rows, prompts].max(index >= padding)
+        each = keys.shape[0] // batch
+        if each > 1:
+            several = (logits, seen, lengths, cache.layers, cache.segments)
+            logits, seen, lengths, layers, segments = jax.tree.map(
+                lambda x: jnp.repeat(x, each, axis=0), several
+            )
+            cache = cache.replace(layers=layers, segments=segments)
+        batch = keys.shape[0]
         shape = (batch, sampling.max_new_tokens)
         nothing = Generation(
             jnp.full(shape, pad_id, jnp.int32),
@@ -141,10 +150,10 @@ def make_decoder(
 def make_generate(
     model: Transformer, sampling: SamplingConfig, *, eos_ids: Sequence[int] = (), pad_id: int = 0
 ) -> Callable[..., Generation]:
-    """Return generate(params, prompts [B P], lengths [B], keys [B]) → Generation, jitted.
+    """Return generate(params, prompts [B P], lengths [B], keys [B·n]) → Generation, jitted.
 
-    A prompt is the last `lengths` tokens of its row (see `pad_prompts`); parameters may be stacked
-    or not. Compiles once for each (B, P).
+    A prompt is the last `lengths` tokens of its row (see `pad_prompts`), continued n times;
+    parameters may be stacked or not. Compiles once for each (B, P, n).
     """
 
     prefill, advance = make_decoder(unstacked(model), sampling, eos_ids=eos_ids, pad_id=pad_id)

@@ -1,5 +1,7 @@
 """Sharding is a table: logical axis name → mesh axes. Ground floor."""
 
+import math
+
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
@@ -38,6 +40,11 @@ def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
+def ways(mesh: Mesh, name: str) -> int:
+    """Return into how many parts the mesh cuts a dimension of that logical name."""
+    return math.prod(mesh.shape[axis] for axis in RULES[name])
+
+
 def constrain(x: ArrayLike, *axes: str | None) -> ArrayLike:
     """Constrain x's sharding by its logical axes under the mesh in force; without one, return x."""
     if jax.sharding.get_abstract_mesh().empty:
@@ -54,13 +61,11 @@ def make_shardings(mesh: Mesh, axes_tree, shapes_tree):
 
     def one(path, axes, shape):
         for name, size in zip(axes, shape.shape, strict=True):
-            ways = 1
-            for mesh_axis in RULES[name] if name else ():
-                ways *= mesh.shape[mesh_axis]
-            if size % ways:
+            if name and size % ways(mesh, name):
                 raise ValueError(
-                    f"mesh axes {RULES[name]} split {ways} ways, but {jax.tree_util.keystr(path)} "
-                    f"has {size} along '{name}'; choose a mesh that divides {size}"
+                    f"mesh axes {RULES[name]} split {ways(mesh, name)} ways, but "
+                    f"{jax.tree_util.keystr(path)} has {size} along '{name}'; choose a mesh that "
+                    f"divides {size}"
                 )
         return NamedSharding(mesh, partition_spec(axes))
 

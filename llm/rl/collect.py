@@ -64,9 +64,9 @@ def _draw(rollout_fn, rewards, batches, state, tokenizer, config, key) -> Collec
     dealt = next(batches)
     each = len(dealt) // jax.process_count()
     mine = dealt[jax.process_index() * each :][:each]
-    prompts = [prompt for prompt in mine for _ in range(config.group)]
-    rollout = jax.block_until_ready(rollout_fn(state.params["policy"], prompts, key))
+    rollout = jax.block_until_ready(rollout_fn(state.params["policy"], mine, key))
     sampled = time.perf_counter()
+    prompts = [prompt for prompt in mine for _ in range(config.group)]
     texts = response_texts(rollout, tokenizer)
     scores, by_source = score(rewards, prompts, texts)
     seconds = {

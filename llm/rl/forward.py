@@ -1,6 +1,7 @@
 """What the models say of responses: log-probabilities, entropies, values. Third floor."""
 
-import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,49 @@ from jaxtyping import Array, Float
 from llm.models.scalar import ScalarModel
 from llm.models.transformer import Transformer, head_params
 from llm.objectives.cross_entropy import cut_tiles, join_tiles, num_tiles
+from llm.rl.models import Models
 from llm.rl.rollout import Rollout
 
 PerToken = Float[Array, "B M"]
+
+
+@no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
+class Said(NamedTuple):
+    """What the models that learn say of each response token; 0 where the mask is."""
+
+    log_probs: PerToken
+    entropies: PerToken
+    values: PerToken  # before the token is drawn; 0 where no value is learnt
+
+
+class Forward:
+    """The forward passes, with what every one of them needs to know."""
+
+    def __init__(self, models: Models, temperature: float, tile_tokens: int):
+        self._models = models
+        self._options = {"temperature": temperature, "tile_tokens": tile_tokens}
+
+    def __call__(self, params: dict, rollout: Rollout) -> Said:
+        policy, value = self._models
+        said = response_log_probs(policy, params["policy"], rollout, **self._options)
+        if value is None:
+            return Said(*said, jnp.zeros_like(rollout.mask))
+        return Said(*said, response_values(value, self._models.value_params(params), rollout))
+
+    def reference(self, params: dict, frozen: dict, rollout: Rollout) -> PerToken:
+        """Return the log-probabilities of the frozen reference."""
+        model, own = self._models.reference, self._models.reference_params(params, frozen)
+        return response_log_probs(model, own, rollout, **self._options)[0]
+
+
+def in_parts(look: Callable[[Rollout], Any], rollout: Rollout, parts: int) -> Any:
+    """Return look(rollout), of which so many parts are looked at one after the other."""
+    if parts == 1:
+        return look(rollout)
+    # Strided, so that each device keeps the responses that it holds.
+    cut = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), rollout)
+    looks = jax.lax.map(look, cut)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), looks)
 
 
 def response_log_probs(
@@ -37,20 +78,26 @@ def response_log_probs(
     head = head_params(model.config, params)
     length = rollout.mask.shape[1]
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
     def tile(hidden, tokens):
         logits = model.apply({"params": head}, hidden, method="unembed") / temperature
         logits = jnp.maximum(logits, -1e30)  # 0 · −inf of the padded vocabulary would be NaN
-        log_z = jax.nn.logsumexp(logits, axis=-1)
+        largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+        terms = jnp.exp(logits - largest)  # once: it is what this costs beside the product
+        total = jnp.sum(terms, axis=-1)
+        log_z = jnp.log(total) + largest[..., 0]
         is_chosen = jnp.arange(logits.shape[-1]) == tokens[..., None]
         chosen = jnp.sum(jnp.where(is_chosen, logits, 0.0), axis=-1)
-        mean_logit = jnp.sum(jnp.exp(logits - log_z[..., None]) * logits, axis=-1)
-        return chosen - log_z, log_z - mean_logit
+        return chosen - log_z, log_z - jnp.sum(terms * logits, axis=-1) / total
 
+    arrays = hidden[:, :-1][:, -length:], rollout.tokens[:, -length:]
     tiles = num_tiles(*rollout.mask.shape, tile_tokens)
-    cut = [cut_tiles(x[:, -length:], tiles) for x in (hidden[:, :-1], rollout.tokens)]
-    _, out = jax.lax.scan(lambda _, xs: (None, tile(*xs)), None, tuple(cut))
-    log_probs, entropies = (join_tiles(x) for x in out)
+    if tiles == 1:
+        log_probs, entropies = tile(*arrays)
+    else:
+        tile = jax.checkpoint(tile, prevent_cse=False)
+        cut = tuple(cut_tiles(x, tiles) for x in arrays)
+        _, out = jax.lax.scan(lambda _, xs: (None, tile(*xs)), None, cut)
+        log_probs, entropies = (join_tiles(x) for x in out)
     here = rollout.mask > 0
     return jnp.where(here, log_probs, 0.0), jnp.where(here, entropies, 0.0)
 

@@ -37,6 +37,12 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     too_long: tuple[str, ...]  # ids
     bad_rows: tuple[BadRow, ...]
+    max_tokens: int  # that were allowed
+
+    def width(self, multiple: int = 8) -> int:
+        """Return the tokens of a row that every prompt fits into: a multiple, or max_tokens."""
+        longest = max(len(prompt.tokens) for prompt in self.prompts)
+        return min(self.max_tokens, -(-longest // multiple) * multiple)
 
 
 def load_prompts(
@@ -74,7 +80,7 @@ def load_prompts(
             f"no prompts are left: {len(too_long)} are longer than rollout.prompt_tokens="
             f"{max_tokens}, {len(bad_rows)} rows are bad"
         )
-    return PromptSet(tuple(found.values()), tuple(too_long), tuple(bad_rows))
+    return PromptSet(tuple(found.values()), tuple(too_long), tuple(bad_rows), max_tokens)
 
 
 def _to_prompt(document: Document, config: SourceConfig, tokenizer: Tokenizer) -> Prompt:

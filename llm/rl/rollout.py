@@ -1,5 +1,6 @@
 """Responses to prompts by the policy that learns, in fixed shapes. Third floor."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, no_type_check
 
@@ -15,6 +16,7 @@ from llm.generation.decode import make_generate
 from llm.generation.generator import stop_ids
 from llm.generation.prompts import sequence_keys
 from llm.models.transformer import Transformer
+from llm.parallel.rules import ways
 from llm.rl.config import RolloutConfig
 from llm.rl.prompts import Prompt
 from llm.training.step import local_rows, place_batch
@@ -55,15 +57,17 @@ def make_rollout(
 ) -> RolloutFn:
     """Return (params, prompts, key) → Rollout of this host's prompts among all hosts'.
 
-    Each prompt is answered as often as it is given. Compiles once: shapes are the config's.
+    Each prompt is answered `config.group` times, side by side. Compiles once: shapes are the
+    config's.
     """
     sampling = SamplingConfig(max_new_tokens=config.response_tokens, temperature=config.temperature)
     pad_id = tokenizer.eos_id
     generate = make_generate(model, sampling, eos_ids=stop_ids(tokenizer), pad_id=pad_id)
 
-    @jax.jit
-    def sample(params, prompts, lengths, key) -> Rollout:
-        out = generate(params, prompts, lengths, sequence_keys(key, prompts.shape[0]))
+    @functools.partial(jax.jit, static_argnums=4)
+    def sample(params, prompts, lengths, key, each) -> Rollout:
+        out = generate(params, prompts, lengths, sequence_keys(key, prompts.shape[0] * each))
+        prompts, lengths = (jnp.repeat(x, each, axis=0) for x in (prompts, lengths))
         width, length = prompts.shape[1], config.response_tokens
         mask = jnp.arange(length) < out.lengths[:, None]
         tokens = jnp.concatenate([prompts, out.tokens], axis=1)
@@ -81,12 +85,16 @@ def make_rollout(
         )
 
     def rollout(params: dict, prompts: Sequence[Prompt], key) -> Rollout:
+        # A prompt is read once for its whole group, unless there are too few to go round.
+        shared = len(prompts) * jax.process_count() % ways(mesh, "activation_batch") == 0
+        times, each = (1, config.group) if shared else (config.group, 1)
+        prompts = [prompt for prompt in prompts for _ in range(times)]
         rows = np.full((len(prompts), config.prompt_tokens), pad_id, np.int32)
         for row, prompt in zip(rows, prompts, strict=True):
             row[-len(prompt.tokens) :] = prompt.tokens
         lengths = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
         placed = place_batch({"prompts": rows, "lengths": lengths}, mesh)
-        return sample(params, placed["prompts"], placed["lengths"], key)
+        return sample(params, placed["prompts"], placed["lengths"], key, each)
 
     return rollout
 
