@@ -137,17 +137,27 @@ def bad_packages(house: pathlib.Path) -> list[str]:
 
 
 def undeclared_imports(house: pathlib.Path, core: set[str], extras: set[str]) -> list[Import]:
-    """Imports that pyproject.toml does not declare; one of an extra must be inside a function."""
+    """Imports that pyproject.toml does not declare; one of an extra must be inside a function.
+
+    Or in a module that is itself imported inside functions alone.
+    """
     owners = importlib.metadata.packages_distributions()
+    imports = all_imports(house)
+    early = {i.target for i in imports if i.at_top}
+    early |= {target.rpartition(".")[0] for target in early}
+    late = {i.target for i in imports} | {i.target.rpartition(".")[0] for i in imports}
+    late = {module for module in late if module in house_modules(house)} - early
 
     def declared(i: Import) -> bool:
         root = i.target.split(".")[0]
         if root in ROOMS or root in sys.stdlib_module_names:
             return True
         names = {normal(n) for n in owners.get(root, [DISTRIBUTIONS.get(root, root)])}
-        return bool(names & core) or (bool(names & extras) and not i.at_top)
+        return bool(names & core) or (
+            bool(names & extras) and (not i.at_top or i.source in late)
+        )
 
-    return [i for i in all_imports(house) if not declared(i)]
+    return [i for i in imports if not declared(i)]
 
 
 def normal(name: str) -> str:
@@ -284,3 +294,8 @@ def test_an_undeclared_import_is_found(plant):
     assert (found.target, extra.target) == ("pytest", "wandb")
     house = plant({"llm/data/a.py": "def f():\n    import wandb, sky"})
     assert undeclared_imports(house, set(), {"wandb", "skypilot"}) == []
+    adapter = {"llm/data/a.py": "import wandb\nclass A(wandb.B): pass"}
+    house = plant(adapter | {"llm/data/b.py": "def f():\n    from llm.data.a import A"})
+    assert undeclared_imports(house, set(), {"wandb"}) == []
+    house = plant(adapter | {"llm/data/b.py": "from llm.data.a import A"})
+    assert [i.target for i in undeclared_imports(house, set(), {"wandb"})] == ["wandb"]

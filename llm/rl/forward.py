@@ -80,14 +80,14 @@ def response_log_probs(
 
     def tile(hidden, tokens):
         logits = model.apply({"params": head}, hidden, method="unembed") / temperature
-        logits = jnp.maximum(logits, -1e30)  # 0 · −inf of the padded vocabulary would be NaN
         largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
         terms = jnp.exp(logits - largest)  # once: it is what this costs beside the product
         total = jnp.sum(terms, axis=-1)
         log_z = jnp.log(total) + largest[..., 0]
         is_chosen = jnp.arange(logits.shape[-1]) == tokens[..., None]
         chosen = jnp.sum(jnp.where(is_chosen, logits, 0.0), axis=-1)
-        return chosen - log_z, log_z - jnp.sum(terms * logits, axis=-1) / total
+        finite = jnp.where(terms > 0, logits, 0.0)  # 0 · −inf of the padded vocabulary is NaN
+        return chosen - log_z, log_z - jnp.sum(terms * finite, axis=-1) / total
 
     arrays = hidden[:, :-1][:, -length:], rollout.tokens[:, -length:]
     tiles = num_tiles(*rollout.mask.shape, tile_tokens)
