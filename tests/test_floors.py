@@ -153,9 +153,7 @@ def undeclared_imports(house: pathlib.Path, core: set[str], extras: set[str]) ->
         if root in ROOMS or root in sys.stdlib_module_names:
             return True
         names = {normal(n) for n in owners.get(root, [DISTRIBUTIONS.get(root, root)])}
-        return bool(names & core) or (
-            bool(names & extras) and (not i.at_top or i.source in late)
-        )
+        return bool(names & core) or (bool(names & extras) and (not i.at_top or i.source in late))
 
     return [i for i in imports if not declared(i)]
 

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from llm.parallel.rules import batch_sharding
+from llm.parallel.rules import batch_sharding, ways
 from llm.training.config import OptimizerConfig
 from llm.training.schedules import Schedule
 from llm.training.state import TrainState
@@ -119,7 +119,18 @@ def make_apply_gradients(
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """Return the global batch of which each host gives its slice of sequences."""
+    """Return the global batch of which each host gives its slice of sequences.
+
+    Raises:
+      ValueError: the mesh does not divide the batch.
+    """
+    parts = ways(mesh, "activation_batch")
+    for size in {np.shape(x)[0] * jax.process_count() for x in batch.values() if np.ndim(x)}:
+        if size % parts:
+            raise ValueError(
+                f"a batch of {size} does not divide over the mesh's {parts} devices along it; "
+                "choose another batch or mesh"
+            )
     return {
         name: jax.make_array_from_process_local_data(
             batch_sharding(mesh, np.ndim(x)), np.asarray(x)
