@@ -5,6 +5,7 @@
 Each round starts all in fresh processes, one after the other; the last line is one JSON object. The
 peers are installed for it alone: pip install torch==2.13.0 trl google-tunix. Width 128, 4 layers,
 vocabulary 4,096; a step samples, scores by a rule, and makes one update with a KL to a reference.
+Each runs as its users run it: XLA_FLAGS, where set, reaches all three.
 """
 
 import json
@@ -37,6 +38,7 @@ def reward(prompts, responses) -> list[float]:
 
 def measure_ours(folder: Path) -> dict:
     from configs.schema import RlhfConfig
+    from experiments.entry import use_fast_cpu_fusions
     from experiments.rlhf import rlhf
     from llm.data.config import SourceConfig
     from llm.models.config import ComputeConfig
@@ -45,6 +47,7 @@ def measure_ours(folder: Path) -> dict:
     from llm.training.metrics import read_metrics
     from llm.training.run_config import RunConfig
 
+    use_fast_cpu_fusions()  # as every entry point does
     config = RlhfConfig(
         source=str(folder),
         prompts=SourceConfig(

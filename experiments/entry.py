@@ -154,7 +154,7 @@ def _start(main: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax alone logs a dozen lines a checkpoint
     if "json" in flags.FLAGS and flags.FLAGS.json:
         _keep_standard_output_for_json()
-    _use_fast_cpu_fusions()
+    use_fast_cpu_fusions()
     _use_threads_for_fake_devices()
     _use_compilation_cache()
     main(*arguments)
@@ -168,7 +168,7 @@ def _keep_standard_output_for_json() -> None:
     os.dup2(2, 1)
 
 
-def _use_fast_cpu_fusions() -> None:
+def use_fast_cpu_fusions() -> None:
     """Let XLA's CPU compiler hand products and what surrounds them to its library together.
 
     A training step of GPT-2's shape at 13.8M parameters gets a tenth faster (RESULTS.md). XLA reads
