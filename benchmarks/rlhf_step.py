@@ -38,7 +38,7 @@ def reward(prompts, responses) -> list[float]:
 
 def measure_ours(folder: Path) -> dict:
     from configs.schema import RlhfConfig
-    from experiments.entry import use_fast_cpu_fusions
+    from experiments.entry import tune_for_cpu
     from experiments.rlhf import rlhf
     from llm.data.config import SourceConfig
     from llm.models.config import ComputeConfig
@@ -47,7 +47,7 @@ def measure_ours(folder: Path) -> dict:
     from llm.training.metrics import read_metrics
     from llm.training.run_config import RunConfig
 
-    use_fast_cpu_fusions()  # as every entry point does
+    tune_for_cpu()  # as every entry point does
     config = RlhfConfig(
         source=str(folder),
         prompts=SourceConfig(
