@@ -1,5 +1,7 @@
 """Experiments as a user starts them: every kind of mistake is one line and an exit code."""
 
+import ctypes
+import importlib.util
 import json
 import os
 import pathlib
@@ -7,6 +9,8 @@ import subprocess
 import sys
 
 import pytest
+
+from experiments.entry import _ACCELERATORS
 
 HOUSE = pathlib.Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(
@@ -196,3 +200,34 @@ def test_every_experiment_refuses_a_misspelt_flag(experiment):
     assert result.stdout == ""
     assert result.stderr.startswith("error: unknown flag --wrkdirr")
     assert result.stderr.count("\n") == 1
+
+
+KEPT = """
+import ctypes
+from experiments.entry import tune_for_cpu
+
+tune_for_cpu()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+place = libc.malloc(100_000_000)
+heap = next(line for line in open("/proc/self/maps") if "[heap]" in line).split()[0]
+first, last = (int(x, 16) for x in heap.split("-"))
+libc.free(place)
+after = next(line for line in open("/proc/self/maps") if "[heap]" in line).split()[0]
+print(first <= place < last, after == heap)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+    or any(importlib.util.find_spec(name) for name in _ACCELERATORS),
+    reason="for CPU hosts with glibc",
+)
+def test_freed_memory_is_kept_on_cpu_hosts():
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]  # a large buffer is of the heap, which stays
+    default = KEPT.replace("\ntune_for_cpu()", "")
+    done = subprocess.run(
+        [sys.executable, "-c", default], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[0] == "False"
