@@ -55,7 +55,7 @@ class Projection(nn.Module):
 
     spec: str
     shape: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: tuple[str | None, ...]
     kernel_init: Callable[..., jax.Array]
     use_bias: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -75,7 +75,7 @@ class Projection(nn.Module):
         bias = self._param("bias", nn.initializers.zeros_init(), outputs)
         return y + bias.astype(y.dtype)
 
-    def _kernel(self) -> jax.Array:
+    def _kernel(self) -> ArrayLike:
         """Return the kernel, restored from how it is stored."""
         inputs, outputs = _sides(self.spec)
         if self.adapter.quantize == "none" or self.name not in ADAPTED:
@@ -103,7 +103,7 @@ class Projection(nn.Module):
         y = jnp.einsum(out_of, low, b.astype(self.dtype))
         return y * jnp.asarray(self.adapter.alpha / self.adapter.rank, y.dtype)
 
-    def _param(self, name: str, init: Callable[..., jax.Array], letters: str) -> jax.Array:
+    def _param(self, name: str, init: Callable[..., jax.Array], letters: str) -> ArrayLike:
         """Return a parameter over letters of the kernel, and R for the rank."""
         kernel = "".join(_sides(self.spec))
         sizes = dict(zip(kernel, self.shape, strict=True)) | {"R": self.adapter.rank}

@@ -12,13 +12,12 @@ from jaxtyping import Array, Float
 from llm.models.config import AdapterConfig
 
 Stored = dict[str, Array]
+Shapes = dict[str, jax.ShapeDtypeStruct]
 SCALE = "kernel_scale"
 _KINDS = {"kernel_int8": jnp.int8, "kernel_nf4": "nf4"}  # parameter's name → qwix's type
 
 
-def stored_shapes(
-    adapter: AdapterConfig, shape: tuple[int, ...], num_inputs: int
-) -> dict[str, jax.ShapeDtypeStruct]:
+def stored_shapes(adapter: AdapterConfig, shape: tuple[int, ...], num_inputs: int) -> Shapes:
     """Return the parameters that store a kernel whose first `num_inputs` axes are summed over.
 
     int8 has a scale an output; nf4 one for each block of inputs along the last input axis.
@@ -40,7 +39,7 @@ def stored_shapes(
     }
 
 
-def quantize_kernel(kernel: Float[Array, "..."], like: Stored) -> Stored:
+def quantize_kernel(kernel: Float[Array, "..."], like: Shapes | Stored) -> Stored:
     """Return a kernel stored in parameters of these names and shapes; stacked layers stay apart."""
     name = _codes(like)
     axes = list(enumerate(zip(kernel.shape, like[SCALE].shape, strict=True)))
@@ -72,5 +71,5 @@ def is_stored(node: object) -> bool:
     return isinstance(node, dict) and SCALE in node
 
 
-def _codes(stored: Stored) -> str:
+def _codes(stored: Shapes | Stored) -> str:
     return next(name for name in _KINDS if name in stored)

@@ -49,7 +49,7 @@ def collect(
     key = jax.random.fold_in(key, 0)  # 1 is the learning's
     kept = _draw(rollout_fn, rewards, batches, state, tokenizer, config, jax.random.fold_in(key, 0))
     for draw in range(1, extra_draws + 1):
-        if _everywhere(_informative(kept, config.group).all()):
+        if _everywhere(bool(_informative(kept, config.group).all())):
             break
         again = jax.random.fold_in(key, draw)
         more = _draw(rollout_fn, rewards, batches, state, tokenizer, config, again)

@@ -1,6 +1,7 @@
 """One step's learning: scored responses in, policy and value updated. Third floor."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Key
 from llm.rl.config import AlgorithmConfig, KLConfig, RolloutConfig
 from llm.rl.experience import Looks, make_experience
 from llm.rl.forward import Forward, Said, in_parts
-from llm.rl.loss import Metrics, policy_gradient_loss
+from llm.rl.loss import Metrics, minibatch_loss
 from llm.rl.models import Models
 from llm.rl.rollout import Rollout
 from llm.rl.state import RlState
@@ -61,7 +62,7 @@ def make_learn_step(
                 rollout, looks, scores, state.controllers, algorithm, kl, rollout_config.group
             )
 
-        def descend(learnt: Learnt, loss_fn: LossFn, batch: Batch, number):
+        def descend(learnt: Learnt, loss_fn: LossFn, batch: dict[str, Any], number):
             grads, objective, found = accumulate(
                 lambda part, *rest: loss_fn(overlay(still, part), *rest),
                 learnt.params,
@@ -72,7 +73,7 @@ def make_learn_step(
             new, norm, finite = apply_gradients(learnt, grads, 1.0, objective, learning_rate)
             return new, found, {"grad_norm": norm, "finite": finite}
 
-        def mixed(loss, params: dict, batch: Batch, whole: Batch, key) -> tuple[Array, Metrics]:
+        def mixed(loss, params: dict, batch: dict, whole: dict, key) -> tuple[Array, Metrics]:
             """Add the language-model loss of the ptx batch, where there is one."""
             if ptx_loss is None:
                 return loss, {}
@@ -88,7 +89,7 @@ def make_learn_step(
                 said = forward(params, batch["rollout"])
                 made = experience_of(jax.lax.stop_gradient(said), reference)
                 experience = made[0]
-                loss, logs = policy_gradient_loss(
+                loss, logs = minibatch_loss(
                     said, experience, experience.mask, algorithm, kl, beta, is_first=True
                 )
                 loss, more = mixed(loss, params, batch, whole, key)
@@ -118,7 +119,7 @@ def make_learn_step(
 
                 def loss_fn(params, batch, key):
                     part = batch["experience"]
-                    loss, logs = policy_gradient_loss(
+                    loss, logs = minibatch_loss(
                         forward(params, part.rollout),
                         part,
                         whole["experience"].mask,

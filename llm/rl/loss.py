@@ -18,7 +18,7 @@ from llm.rl.forward import Said
 Metrics = dict[str, Array]
 
 
-def policy_gradient_loss(
+def minibatch_loss(
     said: Said,
     part: Experience,
     whole_mask: Float[Array, "N M"],

@@ -19,7 +19,7 @@ from llm.training.trainable import Rates, overlay, split
 Batch = dict[str, Array]
 Sums = dict[str, Float[Array, ""]]
 # (params, batch, key) → the objective summed over the batch; sums to report, with what they count
-LossFn = Callable[[dict, Batch, Array], tuple[Float[Array, ""], Sums]]
+LossFn = Callable[[dict, dict, Array], tuple[Float[Array, ""], Sums]]
 
 
 @no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
@@ -147,7 +147,7 @@ def local_rows(x: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def accumulate(loss_fn: LossFn, params: dict, batch: Batch, key: Array, accumulate_steps: int):
+def accumulate(loss_fn: LossFn, params: dict, batch: dict, key: Array, accumulate_steps: int):
     """Return gradients, objective and sums over microbatches, summed and not yet divided."""
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate_steps == 1:

@@ -1,6 +1,7 @@
 """Adapters against PEFT itself: ours read by it, and its own merged by us."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -34,7 +35,9 @@ def base(request, tmp_path):
 
 
 def our_logits(model, params):
-    return np.asarray(jax.jit(lambda p: model.apply({"params": p}, TOKENS))(params))[..., :97]
+    return np.asarray(jax.jit(lambda p: model.apply({"params": p}, jnp.asarray(TOKENS)))(params))[
+        ..., :97
+    ]
 
 
 def their_logits(model):

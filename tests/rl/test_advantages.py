@@ -41,7 +41,9 @@ def test_gae_is_the_sum_that_defines_it(gamma, lam):
         rng = np.random.default_rng(0)
         rewards, values = rng.normal(size=(2, 4, 4))
         mask = np.asarray(MASK, np.float64)
-        advantages, returns = gae(rewards * mask, values * mask, mask, gamma=gamma, lam=lam)
+        advantages, returns = gae(
+            *map(jnp.asarray, (rewards * mask, values * mask, mask)), gamma=gamma, lam=lam
+        )
     for b in range(4):
         length = int(mask[b].sum())
         for t in range(4):

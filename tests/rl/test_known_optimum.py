@@ -32,7 +32,7 @@ from tests.rl.tabular import (
 from tests.rl.tabular import token_log_probs as log_probs_of
 
 BETA = 0.5
-MASK = np.asarray(ALL.mask)
+MASK = jnp.asarray(ALL.mask)
 
 
 @pytest.fixture(autouse=True)
