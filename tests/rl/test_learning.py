@@ -164,7 +164,7 @@ def test_trainer_and_sampler_agree_at_a_temperature():
     for row in range(8):
         tokens = rollout.tokens[row][rollout.segment_ids[row] > 0]
         length = int(rollout.lengths[row])
-        logits = trainer.models.policy.apply({"params": params}, tokens[None])[0]
+        logits = trainer.models.policy.apply({"params": params}, jnp.asarray(tokens[None]))[0]
         scaled = np.asarray(logits, np.float64)[:, : MODEL.vocab_size] / 0.7
         scaled -= np.log(np.sum(np.exp(scaled), axis=-1, keepdims=True))
         for t in range(length):
