@@ -85,7 +85,7 @@ def get_finetune_config():
 def get_reward_config():
     config = to_config_dict(RewardModelConfig(source="sft", total_epochs=4.0))
     config.comparisons = _comparisons()
-    # All pairs of few films: a review's sentiment shows only beside many others.
+    # 120 pairs a film; with 6 a film and AdamW the model stayed at chance (one seed).
     config.comparisons.max_responses = 16
     config.comparisons.batch_prompts = 4
     config.dropout_rate = 0.1
@@ -115,7 +115,7 @@ def get_rlhf_config():
     config.algorithm.minibatches = 2
     config.algorithm.epochs = 2
     config.algorithm.whiten_advantages = True
-    config.algorithm.missing_eos_penalty = 0.3  # or what is learnt first is to be brief
+    config.algorithm.missing_eos_penalty = 0.3  # at 1: briefer, and followed less (one seed)
     config.kl.coefficient = 0.09
     config.optimizer.learning_rate = 3e-4
     config.run.save_every_steps = 25
@@ -124,7 +124,7 @@ def get_rlhf_config():
 
 
 def _muon(optimizer):
-    """Set Muon's rates: on a few thousand rows it learns what AdamW's take four times the steps."""
+    """Set Muon's rates: in 4 epochs it followed as well as AdamW did in 8 (one seed of each)."""
     optimizer.name = "muon"
     optimizer.learning_rate = 0.01
     optimizer.adam_learning_rate = 2.5e-3

@@ -66,7 +66,7 @@ def response_log_probs(
     """Return log softmax(logits / temperature) of each response token, and that softmax's entropy.
 
     In nats, 0 where the mask is. Logits exist for about tile_tokens at a time, in the backward pass
-    too, where they are computed again.
+    too, where they are computed again if there is more than one tile.
     """
     hidden, _ = model.apply(
         {"params": params},

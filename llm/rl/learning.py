@@ -10,9 +10,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from llm.rl.config import AlgorithmConfig, KLConfig, RolloutConfig
-from llm.rl.experience import Looks, make_experience
+from llm.rl.experience import Looks, Metrics, make_experience
 from llm.rl.forward import Forward, Said, in_parts
-from llm.rl.loss import Metrics, minibatch_loss
+from llm.rl.loss import minibatch_loss
 from llm.rl.models import Models
 from llm.rl.rollout import Rollout
 from llm.rl.state import RlState

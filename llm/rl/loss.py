@@ -12,10 +12,8 @@ from llm.objectives.policy_gradient import (
     kl_k3,
 )
 from llm.rl.config import AlgorithmConfig, KLConfig
-from llm.rl.experience import Experience
+from llm.rl.experience import Experience, Metrics
 from llm.rl.forward import Said
-
-Metrics = dict[str, Array]
 
 
 def minibatch_loss(

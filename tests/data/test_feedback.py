@@ -265,7 +265,10 @@ def test_equal_ratings_stay_a_tie_when_joined():
         ),
         ({"prompt": [assistant("x")], "response": "a", "rating": 1}, "nothing is asked"),
         ({"prompt": [{"role": "boss", "content": "x"}], "response": "a", "rating": 1}, "'boss'"),
-        ({"prompt": [{"role": ["user"], "content": "x"}], "response": "a", "rating": 1}, "role"),
+        (
+            {"prompt": [{"role": ["user"], "content": "x"}], "response": "a", "rating": 1},
+            r"turn 1 has the role \['user'\], not",
+        ),
         ({"prompt": "q", "response": "a", "rating": float("nan")}, "not all finite"),
         ({"prompt": "q", "response": "a", "rating": "good"}, "'good' is not a number"),
         ({"prompt": "q", "response": "a", "rating": 10**400}, "is not a number"),

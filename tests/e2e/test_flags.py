@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from experiments.entry import _ACCELERATORS
+from experiments.entry import ACCELERATOR_PACKAGES
 
 HOUSE = pathlib.Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(
@@ -220,7 +220,7 @@ print(first <= place < last, after == heap)
 
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
-    or any(importlib.util.find_spec(name) for name in _ACCELERATORS),
+    or any(importlib.util.find_spec(name) for name in ACCELERATOR_PACKAGES),
     reason="for CPU hosts with glibc",
 )
 def test_freed_memory_is_kept_on_cpu_hosts():

@@ -73,6 +73,19 @@ def test_prompts_together_give_what_each_gives_alone_in_any_bucket():
     np.testing.assert_array_equal(run(params, *wide, keys).tokens, together)
 
 
+def test_several_continuations_are_those_of_the_prompt_given_as_often():
+    model, params = build("llama")
+    options = {"temperature": 1.2, "repetition_penalty": 1.3}
+    run = make_generate(model, SamplingConfig(max_new_tokens=NEW, **options))
+    keys = sequence_keys(jax.random.key(5), 6)
+    shared = run(params, *pad_prompts(PROMPTS), keys)
+    rows, lengths = (np.repeat(x, 2, axis=0) for x in pad_prompts(PROMPTS))
+    apart = run(params, rows, lengths, keys)
+    np.testing.assert_array_equal(shared.tokens, apart.tokens)
+    np.testing.assert_allclose(shared.log_probs, apart.log_probs, atol=1e-5)
+    assert np.any(shared.tokens[0] != shared.tokens[1])
+
+
 def test_sampled_tokens_depend_on_prompt_and_key_alone():
     model, params = build("gpt2")
     run = make_generate(model, SamplingConfig(max_new_tokens=NEW, temperature=1.2, top_p=0.9))
