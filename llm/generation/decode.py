@@ -3,6 +3,7 @@
 Prompts are padded on the left, so that every sequence writes the same slot of the cache.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import no_type_check
 
@@ -69,8 +70,7 @@ def make_decoder(
         log_probs = token_log_probs(logits, token, sampling.temperature)
         going_on = ~out.finished
         token = jnp.where(going_on, token, pad_id)
-        column = (0, step)
-        put = jax.lax.dynamic_update_slice
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step, axis=1)
         seen = state.seen
         if seen is not None:
             seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
@@ -80,8 +80,8 @@ def make_decoder(
             seen=seen,
             step=step + 1,
             generation=Generation(
-                put(out.tokens, token[:, None], column),
-                put(out.log_probs, jnp.where(going_on, log_probs, 0.0)[:, None], column),
+                put(out.tokens, token[:, None]),
+                put(out.log_probs, jnp.where(going_on, log_probs, 0.0)[:, None]),
                 out.lengths + going_on,
                 out.finished | jnp.isin(token, eos) & going_on,
             ),

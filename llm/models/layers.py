@@ -1,5 +1,6 @@
 """Attention, feed-forward and the residual block that joins them. Models floor."""
 
+import functools
 from typing import Literal, no_type_check
 
 import flax.linen as nn
@@ -40,10 +41,10 @@ class LayerCache:
 
     def write(self, start, key, value) -> "LayerCache":
         """Return the cache with [B K T H] keys and values written from `start` on."""
-        at = (0, 0, start, 0)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
         return LayerCache(
-            jax.lax.dynamic_update_slice(self.key, key.astype(self.key.dtype), at),
-            jax.lax.dynamic_update_slice(self.value, value.astype(self.value.dtype), at),
+            put(self.key, key.astype(self.key.dtype)),
+            put(self.value, value.astype(self.value.dtype)),
         )
 
 

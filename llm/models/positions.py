@@ -53,7 +53,8 @@ def apply_rotary(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T 1 h"], sin: Float[Array, "B T 1 h"]
 ) -> Float[Array, "B T N H"]:
     """Rotate the pairs (i, i + H/2) of each head: the half-split layout of Hugging Face's Llama."""
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    dtype = jnp.promote_types(x.dtype, cos.dtype)  # float64 stays
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 

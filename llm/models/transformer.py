@@ -118,7 +118,9 @@ class Transformer(nn.Module):
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
         if cache is not None:
             segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-            segments = jax.lax.dynamic_update_slice(cache.segments, segment_ids, (0, start))
+            segments = jax.lax.dynamic_update_slice_in_dim(
+                cache.segments, segment_ids, start, axis=1
+            )
         inputs = LayerInputs(
             patterns={
                 kind: AttentionPattern(

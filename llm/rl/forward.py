@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llm.models.scalar import ScalarModel
-from llm.models.transformer import Transformer, head_params
+from llm.models.transformer import Transformer, head_params, init_cache
 from llm.objectives.cross_entropy import cut_tiles, join_tiles, num_tiles
 from llm.rl.models import Models
 from llm.rl.rollout import Rollout
@@ -26,11 +26,14 @@ class Said(NamedTuple):
 
 
 class Forward:
-    """The forward passes, with what every one of them needs to know."""
+    """The forward passes, with what every one of them needs to know.
 
-    def __init__(self, models: Models, temperature: float, tile_tokens: int):
+    With a `group`, so many responses to each prompt stand side by side in what is looked at.
+    """
+
+    def __init__(self, models: Models, temperature: float, tile_tokens: int, group: int = 1):
         self._models = models
-        self._options = {"temperature": temperature, "tile_tokens": tile_tokens}
+        self._options = {"temperature": temperature, "tile_tokens": tile_tokens, "group": group}
 
     def __call__(self, params: dict, rollout: Rollout) -> Said:
         policy, value = self._models
@@ -62,19 +65,16 @@ def response_log_probs(
     *,
     temperature: float,
     tile_tokens: int = 4096,
+    group: int = 1,
 ) -> tuple[PerToken, PerToken]:
     """Return log softmax(logits / temperature) of each response token, and that softmax's entropy.
 
     In nats, 0 where the mask is. Logits exist for about tile_tokens at a time, in the backward pass
-    too, where they are computed again if there is more than one tile.
+    too, where they are computed again if there is more than one tile. With a `group`, so many
+    responses to each prompt stand side by side, and the prompt is read once for them.
     """
-    hidden, _ = model.apply(
-        {"params": params},
-        rollout.tokens,
-        segment_ids=rollout.segment_ids,
-        positions=rollout.positions,
-        method="hidden",
-    )
+    hidden = _hidden_of_groups if group > 1 else _hidden_of_rows
+    hidden = hidden(model, params, rollout, group)
     head = head_params(model.config, params)
     length = rollout.mask.shape[1]
 
@@ -89,7 +89,7 @@ def response_log_probs(
         finite = jnp.where(terms > 0, logits, 0.0)  # 0 · −inf of the padded vocabulary is NaN
         return chosen - log_z, log_z - jnp.sum(terms * finite, axis=-1) / total
 
-    arrays = hidden[:, :-1][:, -length:], rollout.tokens[:, -length:]
+    arrays = hidden, rollout.tokens[:, -length:]
     tiles = num_tiles(*rollout.mask.shape, tile_tokens)
     if tiles == 1:
         log_probs, entropies = tile(*arrays)
@@ -100,6 +100,51 @@ def response_log_probs(
         log_probs, entropies = (join_tiles(x) for x in out)
     here = rollout.mask > 0
     return jnp.where(here, log_probs, 0.0), jnp.where(here, entropies, 0.0)
+
+
+def _hidden_of_rows(model: Transformer, params: dict, rollout: Rollout, group: int):
+    """Return the hidden states [B M D] that predict the tokens of each response."""
+    del group
+    hidden, _ = model.apply(
+        {"params": params},
+        rollout.tokens,
+        segment_ids=rollout.segment_ids,
+        positions=rollout.positions,
+        method="hidden",
+    )
+    return hidden[:, :-1][:, -rollout.mask.shape[1] :]
+
+
+def _hidden_of_groups(model: Transformer, params: dict, rollout: Rollout, group: int):
+    """Return the same with each group's prompt read once, into keys and values that all share."""
+    length = rollout.mask.shape[1]
+    width = rollout.tokens.shape[1] - length
+
+    def read(rows: slice, columns: slice, cache):
+        return model.apply(
+            {"params": params},
+            rollout.tokens[rows, columns],
+            segment_ids=rollout.segment_ids[rows, columns],
+            positions=rollout.positions[rows, columns],
+            cache=cache,
+            method="hidden",
+        )
+
+    # The last token predicts nothing: it is not read.
+    size = width + length - 1
+    cache = init_cache(
+        model.config, rollout.tokens.shape[0] // group, size, jnp.dtype(model.compute.dtype)
+    )
+    prompt, cache = read(slice(None, None, group), slice(0, width), cache)
+    first = jnp.repeat(prompt[:, -1:], group, axis=0)
+    if length == 1:
+        return first
+    cache = cache.replace(
+        layers=jax.tree.map(lambda x: jnp.repeat(x, group, axis=x.ndim - 4), cache.layers),
+        segments=jnp.repeat(cache.segments, group, axis=0),
+    )
+    rest, _ = read(slice(None), slice(width, size), cache)
+    return jnp.concatenate([first, rest], axis=1)
 
 
 def response_values(model: ScalarModel, params: dict, rollout: Rollout) -> PerToken:

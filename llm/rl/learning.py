@@ -14,7 +14,7 @@ from llm.rl.experience import Looks, Metrics, make_experience
 from llm.rl.forward import Forward, Said, in_parts
 from llm.rl.loss import minibatch_loss
 from llm.rl.models import Models
-from llm.rl.rollout import Rollout
+from llm.rl.rollout import Rollout, divides_prompts
 from llm.rl.state import RlState
 from llm.training.config import OptimizerConfig
 from llm.training.schedules import Schedule
@@ -43,11 +43,12 @@ def make_learn_step(
     It donates the state. Responses to one prompt stand side by side. `cursor` counts the prompts
     that were dealt; the ptx batch is None without a `ptx_loss`.
     """
-    forward = Forward(models, rollout_config.temperature, tile_tokens)
     apply_gradients = make_apply_gradients(optimizer, optimizer_config, rates)
     num_updates = algorithm.epochs * algorithm.minibatches
     # A single update of the whole learns from the very pass that looks at the responses.
     looks_once = num_updates == 1 and accumulate_steps == 1
+    group = rollout_config.group if looks_once and _shares_prompts(rollout_config, mesh) else 1
+    forward = Forward(models, rollout_config.temperature, tile_tokens, group)
 
     def learn(state: RlState, frozen: dict, rollout: Rollout, scores, cursor, ptx: Batch | None):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -170,6 +171,16 @@ def make_learn_step(
 
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(learn, donate_argnums=0, out_shardings=(shardings, replicated))
+
+
+def _shares_prompts(config: RolloutConfig, mesh: Mesh) -> bool:
+    """Return whether learning reads a prompt once for its group, as sampling does.
+
+    On CPUs alone: elsewhere rows are long and go whole to a fused attention kernel, which keys that
+    a group shares would do without.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return on_cpu and divides_prompts(mesh, config.prompts)
 
 
 def _minibatch_rows(key: Key[Array, ""], num_rows: int, algorithm: AlgorithmConfig) -> Array:

@@ -86,7 +86,7 @@ def make_rollout(
 
     def rollout(params: dict, prompts: Sequence[Prompt], key) -> Rollout:
         # A prompt is read once for its whole group, unless there are too few to go round.
-        shared = len(prompts) * jax.process_count() % ways(mesh, "activation_batch") == 0
+        shared = divides_prompts(mesh, len(prompts) * jax.process_count())
         times, each = (1, config.group) if shared else (config.group, 1)
         prompts = [prompt for prompt in prompts for _ in range(times)]
         rows = np.full((len(prompts), config.prompt_tokens), pad_id, np.int32)
@@ -97,6 +97,11 @@ def make_rollout(
         return sample(params, placed["prompts"], placed["lengths"], key, each)
 
     return rollout
+
+
+def divides_prompts(mesh: Mesh, num_prompts: int) -> bool:
+    """Return whether so many prompts, of all hosts, divide over the devices of the mesh."""
+    return num_prompts % ways(mesh, "activation_batch") == 0
 
 
 def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:

@@ -152,14 +152,20 @@ def test_the_first_update_is_on_policy_to_the_bit():
     assert several["rl/updates"] == 4 and several["rl/approx_kl"] > 0
 
 
-def test_trainer_and_sampler_agree_at_a_temperature():
+@pytest.mark.parametrize("group", [1, ROLLOUT.group])  # prompts read for each row, or once
+def test_trainer_and_sampler_agree_at_a_temperature(group):
     trainer = Trainer()
     collected = trainer.collect()
     assert trainer.step()["rl/log_prob_gap"] < 1e-5
     rollout = host(collected.rollout)
     params = host(trainer.state.params["policy"])
     found, entropies = response_log_probs(
-        trainer.models.policy, params, collected.rollout, temperature=0.7, tile_tokens=16
+        trainer.models.policy,
+        params,
+        collected.rollout,
+        temperature=0.7,
+        tile_tokens=16,
+        group=group,
     )
     for row in range(8):
         tokens = rollout.tokens[row][rollout.segment_ids[row] > 0]
@@ -176,6 +182,39 @@ def test_trainer_and_sampler_agree_at_a_temperature():
         check_gap(0.2, 3, ROLLOUT)
     with pytest.raises(SamplerMismatchError):
         check_gap(float("nan"), 3, ROLLOUT)
+
+
+@pytest.mark.parametrize("adapter", [AdapterConfig(), AdapterConfig(rank=2)])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_prompt_read_once_for_its_group_has_the_gradient_of_whole_rows(remat, adapter):
+    trainer = Trainer(AlgorithmConfig(name="grpo"), adapter=adapter)
+    rollout = host(trainer.collect().rollout)
+    lengths = np.array([6, 2, 1, 6, 3, 5, 4, 4])  # padding on both sides
+    mask = np.arange(6) < lengths[:, None]
+    segments = np.concatenate([rollout.segment_ids[:, :-6], mask], axis=1).astype(np.int32)
+    assert not segments[:, 0].all()
+    rollout = rollout._replace(mask=mask.astype(np.float32), segment_ids=segments, lengths=lengths)
+    rollout = jax.tree.map(jnp.asarray, rollout)
+    with jax.enable_x64(True):
+        compute = ComputeConfig(dtype="float64", remat=remat)
+        model = Transformer(MODEL, compute, adapter)
+        params = jax.tree.map(
+            lambda x: np.asarray(x, np.float64) + 0.01, host(trainer.state.params["policy"])
+        )
+
+        def objective(params, group):
+            found, entropies = response_log_probs(
+                model, params, rollout, temperature=0.7, group=group
+            )
+            return jnp.sum(jnp.sin(found) + 0.1 * entropies)
+
+        rows, groups = (
+            jax.jit(jax.value_and_grad(objective), static_argnums=1)(params, group)
+            for group in (1, ROLLOUT.group)
+        )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), rows, groups
+        )
 
 
 @pytest.mark.parametrize(
