@@ -15,9 +15,9 @@ def get_config(arg=None):
     for name in list(sources):
         del sources[name]
     sources.reviews = speedrun.builder("chinese_reviews")
-    config.finetune.data.sources.instructions.name = "chinese_reviews/instructions"
-    config.reward.comparisons.source.name = "chinese_reviews/feedback"
-    config.preference.comparisons.source.name = "chinese_reviews/feedback"
+    config.finetune.data.sources.instructions.name = "chinese_reviews/clear_instructions"
+    config.reward.comparisons.source.name = "chinese_reviews/clear_feedback"
+    config.preference.comparisons.source.name = "chinese_reviews/clear_feedback"
     config.rlhf.prompts.name = "chinese_reviews/instructions"
     config.judge.training.name = "chinese_reviews/instructions"
     config.judge.asked.name = "chinese_reviews/instructions"

@@ -1,34 +1,21 @@
-"""A classifier of texts that no policy has seen, and what it finds in responses. Third floor.
-
-TF-IDF and logistic regression: so unlike a language model that it does not share its weaknesses.
-"""
+"""A classifier of texts that no policy has seen, and what it finds in responses. Third floor."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
 
 from llm.data.config import SourceConfig
 from llm.data.rows import BadRow
 from llm.data.sources import open_source
+from llm.data.text_classifier import make_text_classifier
 
 
 class Judge:
     """Tells the label of a text; deterministic."""
 
     def __init__(self, texts: Sequence[str], labels: Sequence[str], *, by_characters: bool = False):
-        analyzer = (
-            dict(analyzer="char", ngram_range=(1, 3))
-            if by_characters
-            else dict(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b|!|\?")
-        )
-        self._model: Pipeline = make_pipeline(
-            TfidfVectorizer(sublinear_tf=True, min_df=2, **analyzer),
-            LogisticRegression(C=4.0, max_iter=1000),
-        )
+        self._model = make_text_classifier(by_characters=by_characters)
         self._model.fit(texts, labels)
 
     def __call__(self, texts: Sequence[str]) -> list[str]:

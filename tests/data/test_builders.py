@@ -5,18 +5,23 @@ import pathlib
 import platform
 import sysconfig
 
+import numpy as np
 import pytest
 
 from llm.data.builders import grouping
 from llm.data.config import SourceConfig
 from llm.data.sources import open_source
+from llm.data.text_classifier import labels_are_clear, make_text_classifier
 
 SPLITS = ("train", "validation", "test")
 
 
 def read(name, split):
     """Return all rows of a split, as dicts of str, through the door that users use."""
-    source = open_source(SourceConfig(kind="tfds", name=name, split=split, validation_fraction=0.0))
+    row_format = "prompt_response" if name.endswith("instructions") else "text"
+    source = open_source(
+        SourceConfig("tfds", name, split=split, format=row_format, validation_fraction=0.0)
+    )
     rows = [row.fields for shard in source.shards() for row in source.rows(shard, ())]
     return [{key: value.decode() for key, value in row.items()} for row in rows]
 
@@ -180,6 +185,27 @@ def test_film_documents_hold_the_rows_of_the_same_split(rows):
     assert reviews.startswith("Sean Penn, you owe Nicolas Cage an apology.\n")
 
 
+@pytest.mark.network
+def test_clear_instructions_are_those_whose_words_tell_their_label():
+    splits = ("train", "judge", "validation", "test")
+    every = {split: read("film_reviews/instructions", split) for split in splits}
+    clear = {split: read("film_reviews/clear_instructions", split) for split in splits}
+    assert clear["validation"] == every["validation"] and clear["test"] == every["test"]
+    assert 0.7 < len(clear["judge"]) / len(every["judge"]) < 0.78
+    kept = {row["response"] for row in clear["train"]}
+    assert kept < {row["response"] for row in every["train"]}
+    # Words tell the label of about three in four reviews of films that were not read (DATA.md).
+    assert 0.7 < len(kept) / len(every["train"]) < 0.78
+    # Someone who has read other films agrees with more of what was kept than of what was not.
+    judge = make_text_classifier().fit(
+        [row["response"] for row in every["judge"]], [row["label"] for row in every["judge"]]
+    )
+    texts = np.array([row["response"] for row in every["train"]])
+    right = judge.predict(texts) == [row["label"] for row in every["train"]]
+    is_kept = np.isin(texts, list(kept))
+    assert np.mean(right[is_kept]) > 0.85 and np.mean(right[~is_kept]) < 0.5
+
+
 # --- Chinese reviews ------------------------------------------------------------------------
 
 
@@ -198,6 +224,23 @@ def test_chinese_reviews_are_distinct_and_of_one_label():
     for row in splits["validation"][::100]:
         shingles = grouping.character_shingles(row["text"])
         assert max(len(shingles & other) / len(shingles | other) for other in train) < 0.4
+
+
+# --- Words and labels -----------------------------------------------------------------------
+
+
+def test_a_label_is_clear_where_other_groups_show_it():
+    # Each group says "good" or "bad" once with the label and has a name for itself besides.
+    texts, labels, groups = [], [], []
+    for i in range(40):
+        label = "positive" if i % 2 else "negative"
+        texts += [f"name{i} {'good' if i % 2 else 'bad'}", f"name{i}"]
+        labels += [label, label]
+        groups += [i, i]
+    clear = labels_are_clear(texts, labels, groups)
+    assert clear[0::2].all()
+    # A name is of one group alone: who has read only the others cannot know its label.
+    assert clear[1::2].mean() < 0.8
 
 
 # --- Grouping -------------------------------------------------------------------------------

@@ -8,9 +8,15 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from llm.data.builders.grouping import character_shingles, merge_similar, split_by_hash
+from llm.data.builders.grouping import (
+    Groups,
+    character_shingles,
+    merge_similar,
+    split_by_hash,
+)
 from llm.data.builders.packaged import PackagedCorpus
 from llm.data.packages import fetch_package
+from llm.data.text_classifier import labels_are_clear
 
 _SHARES = {"validation": 0.05, "test": 0.05}
 _JUDGE_SHARE = 0.4
@@ -31,6 +37,8 @@ class ChineseReviews(PackagedCorpus):
       labels are for those who judge what was learnt.
     `feedback`: two rows a review of `instructions`, in the same splits: asked for as it is (label
       true), and as the opposite (false).
+    `clear_instructions`, `clear_feedback`: the same, but that `train` and `judge` have only reviews
+      whose label a classifier of characters, fitted on their others, finds too.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -38,13 +46,19 @@ class ChineseReviews(PackagedCorpus):
         tfds.core.BuilderConfig(name="rows", description="A row a review, with its label."),
         tfds.core.BuilderConfig(name="instructions", description="A row a review asked for."),
         tfds.core.BuilderConfig(name="feedback", description="A row a review rightly asked for?"),
+        tfds.core.BuilderConfig(name="clear_instructions", description="Of clear reviews alone."),
+        tfds.core.BuilderConfig(name="clear_feedback", description="Of clear reviews alone."),
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = {name: tfds.features.Text() for name in _FIELDS[self.builder_config.name]}
-        if self.builder_config.name == "feedback":
+        features = {name: tfds.features.Text() for name in _FIELDS[self._kind]}
+        if self._kind == "feedback":
             features["label"] = np.bool_
         return self.make_info(__doc__, features, "MIT (package)")
+
+    @property
+    def _kind(self) -> str:
+        return self.builder_config.name.removeprefix("clear_")
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
         del dl_manager
@@ -55,11 +69,14 @@ class ChineseReviews(PackagedCorpus):
         groups = merge_similar(texts, character_shingles, threshold=0.4)
         shares: dict[str, float] = dict(_SHARES)
         splits: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
-        if self.builder_config.name != "rows":
+        if self._kind != "rows":
             shares["judge"], splits["judge"] = _JUDGE_SHARE, []
         for row in rows:
             splits[split_by_hash(groups.find(row["text"]), shares)].append(row)
-        match self.builder_config.name:
+        if self._kind != self.builder_config.name:
+            for name in ("train", "judge"):
+                splits[name] = clear_reviews(splits[name], groups)
+        match self._kind:
             case "instructions":
                 splits = {name: instructions(chosen) for name, chosen in splits.items()}
             case "feedback":
@@ -76,6 +93,14 @@ def instructions(rows: list[dict[str, str]]) -> list[dict[str, str]]:
         {"prompt": _PROMPTS[row["label"]], "response": row["text"], "label": row["label"]}
         for row in rows
     ]
+
+
+def clear_reviews(rows: list[dict[str, str]], groups: Groups) -> list[dict[str, str]]:
+    """Return the rows that say clearly what they are labelled."""
+    texts, labels = [row["text"] for row in rows], [row["label"] for row in rows]
+    alike = [groups.find(text) for text in texts]
+    clear = labels_are_clear(texts, labels, alike, by_characters=True)
+    return [row for row, is_clear in zip(rows, clear, strict=True) if is_clear]
 
 
 def feedback(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
