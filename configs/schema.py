@@ -6,7 +6,13 @@ from llm.data.config import ComparisonsConfig, DataConfig, SourceConfig, Tokeniz
 from llm.evaluation.config import JudgeConfig
 from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
 from llm.parallel.config import MeshConfig
-from llm.rl.config import AlgorithmConfig, KLConfig, RewardConfig, RolloutConfig
+from llm.rl.config import (
+    AlgorithmConfig,
+    KLConfig,
+    RewardConfig,
+    RolloutConfig,
+    check_kl_place,
+)
 from llm.training.config import (
     OptimizerConfig,
     PreferenceConfig,
@@ -248,6 +254,13 @@ class RlhfConfig:
             raise ValueError("algorithm.dynamic_draws needs groups: rollout.group of at least 2")
         if self.algorithm.ptx_weight and not self.ptx.sources:
             raise ValueError("algorithm.ptx_weight is positive and ptx.sources is empty")
+        if self.algorithm.ptx_weight and self.ptx.batch_sequences % parts:
+            raise ValueError(
+                f"ptx.batch_sequences={self.ptx.batch_sequences} does not divide into "
+                f"algorithm.minibatches × accumulate_steps = {parts} parts; try "
+                f"{-(-self.ptx.batch_sequences // parts) * parts}"
+            )
+        check_kl_place(self.kl, self.algorithm)
         if self.adapter.quantize != "none" and not self.adapter.rank:
             raise ValueError(f"adapter.quantize={self.adapter.quantize!r} needs adapter.rank")
 

@@ -77,10 +77,13 @@ def load_rewards(
     return rewards, digests
 
 
-def load_value_start(workdir: str, models: Models, tokenizer: Tokenizer) -> dict:
-    """Return the parameters of a value that starts as a reward model.
+def load_value_start(
+    workdir: str, models: Models, tokenizer: Tokenizer, *, weight: float = 1.0
+) -> dict:
+    """Return the parameters of a value that starts as a reward model of that weight.
 
-    On a shared trunk these are the reward model's factors, whose trunk must be the policy's.
+    Its head gives what the run is paid, weight · (raw − shift) / scale. On a shared trunk these are
+    the reward model's factors, whose trunk must be the policy's.
 
     Raises:
       ValueError: it is of another shape, or reads other tokens than the policy.
@@ -96,13 +99,30 @@ def load_value_start(workdir: str, models: Models, tokenizer: Tokenizer) -> dict
             f"value_source={workdir} has another shape than the policy; give another, {instead}"
         )
     if not models.shared:
-        return loaded.merged
+        return _as_paid(loaded.merged, loaded, weight)
     if loaded.adapter != models.value.adapter:
         raise ValueError(
             f"value_source={workdir} was trained with {loaded.adapter}; on the policy's trunk it "
             f"needs the same adapter, {models.value.adapter}; {instead}"
         )
-    return own_part(loaded.params)
+    return _as_paid(own_part(loaded.params), loaded, weight)
+
+
+def _as_paid(params: dict, loaded: LoadedReward, weight: float) -> dict:
+    """Return a score's parameters with shift, scale and weight folded into its head."""
+    head, factor = params["score"], weight / loaded.scale
+    bias = (head["bias"] - loaded.shift) * factor
+    return {**params, "score": {**head, "kernel": head["kernel"] * factor, "bias": bias}}
+
+
+def weight_of(workdir: str, config: RlhfConfig) -> float:
+    """Return what a reward model weighs among the config's rewards; 1 if it is none of them."""
+    weights = [
+        reward.weight
+        for reward in config.rewards.values()
+        if reward.kind == "model" and epath.Path(reward.path) == epath.Path(workdir)
+    ]
+    return sum(weights) if weights else 1.0
 
 
 def check_digests(workdir: epath.PathLike, digests: dict[str, str]) -> None:

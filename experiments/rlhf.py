@@ -13,12 +13,13 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from configs.schema import RlhfConfig
 from experiments import entry
 from experiments.loading import Start, load_model, load_start
-from experiments.rewards import check_digests, load_rewards, load_value_start
+from experiments.rewards import check_digests, load_rewards, load_value_start, weight_of
 from experiments.run_flags import PROFILE, WORKDIR
 from llm.data.pipeline import make_training_batches
 from llm.data.prepare import prepare
@@ -72,7 +73,7 @@ def rlhf(
     batches = PromptBatches(prompts.prompts, config.rollout.prompts, config.seed)
     rewards, digests = load_rewards(config, config.compute)
     rewards |= {name: (function, 0.0) for name, function in (watched or {}).items()}
-    ptx = make_ptx_batches(config, tokenizer)
+    ptx = make_ptx_batches(config, tokenizer, workdir)
 
     # Models
     models = make_models(config, start)
@@ -121,6 +122,8 @@ def rlhf(
             f"rollout.prompt_tokens={config.rollout.prompt_tokens} and {len(prompts.bad_rows)} bad "
             "rows left out"
         )
+        for row in prompts.left_out():
+            run.say(f"  {row}")
         tokenizer.save(run.workdir / "tokenizer")
         train = init_state(spec, optimizer, mesh, config.seed, params=params, rates=rates)
         state = jax.device_put(
@@ -141,8 +144,8 @@ def rlhf(
                 state,
                 tokenizer,
                 config.rollout,
+                config.algorithm,
                 mesh,
-                extra_draws=config.algorithm.dynamic_draws or 0,
             )
             started = time.perf_counter()
             state, metrics = learn(
@@ -154,10 +157,17 @@ def rlhf(
                 next_ptx(ptx, mesh),
             )
             check_gap(float(metrics["rl/log_prob_gap"]), run.step + 1, config.rollout)
-            learning = {"perf/learning_seconds": time.perf_counter() - started}
-            state = run.after_step(state, metrics | collected.metrics | learning)
+            seconds = collected.metrics | {"perf/learning_seconds": time.perf_counter() - started}
+            state = run.after_step(state, metrics | seconds | speed(config, metrics, seconds))
             if run.due(config.samples_every_steps):
                 write_samples(run, collected, config.num_samples)
+
+
+def speed(config: RlhfConfig, metrics: Mapping, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return tokens that were generated and learnt from, without padding, a second of the step."""
+    parts = sum(seconds[f"perf/{part}_seconds"] for part in ("generation", "scoring", "learning"))
+    tokens = float(metrics["rl/response_tokens"]) * config.responses_per_step
+    return {"perf/tokens_per_second": float(f"{tokens / parts:.4g}")}
 
 
 def make_models(config: RlhfConfig, start: Start) -> Models:
@@ -196,14 +206,15 @@ def init_models(
 def init_value(config: RlhfConfig, models: Models, start: Start, base: dict, key) -> dict:
     """Return the value's parameters: the reward model's, or the policy's trunk under zeros."""
     if config.value_source:
-        return load_value_start(config.value_source, models, start.tokenizer)
+        weight = weight_of(config.value_source, config)
+        return load_value_start(config.value_source, models, start.tokenizer, weight=weight)
     trunk = {name: part for name, part in base.items() if name != "head"}
     head = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), param_shapes(models.value)["score"])
     value = adapt_params(models.value, {"trunk": trunk, "score": head}, key)
     return own_part(value) if models.shared else value
 
 
-def make_ptx_batches(config: RlhfConfig, tokenizer: Tokenizer):
+def make_ptx_batches(config: RlhfConfig, tokenizer: Tokenizer, workdir: str):
     """Return batches of text whose loss is mixed in (PPO-ptx), or None."""
     if not config.algorithm.ptx_weight:
         return None
@@ -213,6 +224,7 @@ def make_ptx_batches(config: RlhfConfig, tokenizer: Tokenizer):
         tokenizer,
         host_index=jax.process_index(),
         host_count=jax.process_count(),
+        state_dir=epath.Path(workdir) / "ptx",
     )
 
 

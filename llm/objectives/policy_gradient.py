@@ -27,12 +27,12 @@ def aggregate(
     2025, arXiv:2503.20783).
     """
     total = jnp.sum(per_token * mask, axis=1)
-    length = jnp.sum(mask, axis=1)
     match mode:
         case "token_mean":
-            return jnp.sum(total), jnp.sum(length)
+            return jnp.sum(total), jnp.sum(mask)
         case "sequence_mean":
-            return jnp.sum(total / jnp.where(length > 0, length, 1.0)), _present(mask)
+            tokens = jnp.sum(mask > 0, axis=1)  # not the mask's sum, which would undo its weights
+            return jnp.sum(total / jnp.maximum(tokens, 1)), _present(mask)
         case "sequence_sum":
             return jnp.sum(total), _present(mask)
 
@@ -65,14 +65,6 @@ def clipped_policy_loss(
         "approx_kl": jnp.sum(mask * (ratio - 1.0 - difference)),
     }
     return jnp.where(mask > 0, loss, 0.0), jax.lax.stop_gradient(sums)
-
-
-def policy_gradient_loss(log_probs: PerToken, advantages: PerToken, mask: PerToken) -> PerToken:
-    """Return REINFORCE's loss a token, −advantage · log π.
-
-    Its gradient is the clipped loss's at ratio 1. Source: Williams 1992.
-    """
-    return jnp.where(mask > 0, -advantages * log_probs, 0.0)
 
 
 def clipped_value_loss(

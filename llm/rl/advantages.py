@@ -89,6 +89,27 @@ def overlong_penalty(
     return -jnp.clip(excess / buffer_tokens, 0.0, 1.0)
 
 
+def response_penalties(
+    lengths: Int[Array, " B"],
+    finished: Bool[Array, " B"],
+    *,
+    max_length_tokens: int,
+    missing_eos: float,
+    overlong_buffer_tokens: int,
+) -> Float[Array, " B"]:
+    """Return what is taken off each response's score: for not ending by itself, or for its length.
+
+    The larger of the two: a response that is cut at the limit is not punished twice for it.
+    """
+    penalties = jnp.where(finished, 0.0, missing_eos)
+    if not overlong_buffer_tokens:
+        return penalties
+    overlong = overlong_penalty(
+        lengths, max_length_tokens=max_length_tokens, buffer_tokens=overlong_buffer_tokens
+    )
+    return jnp.maximum(penalties, -overlong)
+
+
 def masked_whiten(x: PerToken, mask: PerToken, *, epsilon: float = 1e-8) -> PerToken:
     """Return x with mean 0 and variance 1 over unmasked entries; 0 elsewhere."""
     count = jnp.maximum(jnp.sum(mask), 1.0)

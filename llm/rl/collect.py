@@ -5,13 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from llm.data.tokenizers import Tokenizer
-from llm.rl.config import RolloutConfig
+from llm.rl.advantages import response_penalties
+from llm.rl.config import AlgorithmConfig, RolloutConfig
 from llm.rl.prompts import Prompt
 from llm.rl.rewards import RewardFn, score
 from llm.rl.rollout import Rollout, RolloutFn, response_texts
@@ -23,7 +25,7 @@ class Collected(NamedTuple):
     """Responses with their scores; texts and prompts are this host's."""
 
     rollout: Rollout
-    scores: Float[Array, " B"]
+    scores: Float[Array, " B"]  # rewards by their weights, less the penalties
     prompts: list[Prompt]
     texts: list[str]
     metrics: dict[str, float]  # rewards by source, seconds by part
@@ -36,29 +38,29 @@ def collect(
     state: TrainState,
     tokenizer: Tokenizer,
     config: RolloutConfig,
+    algorithm: AlgorithmConfig,
     mesh: Mesh,
-    *,
-    extra_draws: int = 0,
 ) -> Collected:
     """Return the step's responses: a function of prompts, parameters, seed and step alone.
 
-    With `extra_draws`, further prompts are drawn, so many times at most, while some groups have
+    With `dynamic_draws`, further prompts are drawn, so many times at most, while some groups have
     equal scores; groups whose scores differ take the places of those.
     """
+    settings = tokenizer, config, algorithm
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     key = jax.random.fold_in(key, 0)  # 1 is the learning's
-    kept = _draw(rollout_fn, rewards, batches, state, tokenizer, config, jax.random.fold_in(key, 0))
-    for draw in range(1, extra_draws + 1):
+    kept = _draw(rollout_fn, rewards, batches, state, *settings, jax.random.fold_in(key, 0))
+    for draw in range(1, (algorithm.dynamic_draws or 0) + 1):
         if _everywhere(bool(_informative(kept, config.group).all())):
             break
         again = jax.random.fold_in(key, draw)
-        more = _draw(rollout_fn, rewards, batches, state, tokenizer, config, again)
+        more = _draw(rollout_fn, rewards, batches, state, *settings, again)
         kept = _fill(kept, more, config.group, mesh)
     scores = place_batch({"scores": kept.scores}, mesh)["scores"]
     return kept._replace(scores=scores)
 
 
-def _draw(rollout_fn, rewards, batches, state, tokenizer, config, key) -> Collected:
+def _draw(rollout_fn, rewards, batches, state, tokenizer, config, algorithm, key) -> Collected:
     """Sample and score one batch of prompts; scores stay on the host."""
     started = time.perf_counter()
     dealt = next(batches)
@@ -69,12 +71,24 @@ def _draw(rollout_fn, rewards, batches, state, tokenizer, config, key) -> Collec
     prompts = [prompt for prompt in mine for _ in range(config.group)]
     texts = response_texts(rollout, tokenizer)
     scores, by_source = score(rewards, prompts, texts)
+    scores -= _penalties(rollout, algorithm)
     seconds = {
         "perf/generation_seconds": sampled - started,
         "perf/scoring_seconds": time.perf_counter() - sampled,
     }
     means = {f"rl/reward/{name}": float(np.mean(x)) for name, x in by_source.items()}
     return Collected(rollout, scores, prompts, texts, means | seconds)
+
+
+def _penalties(rollout: Rollout, algorithm: AlgorithmConfig) -> np.ndarray:
+    """Return what this host's responses lose. Here, where groups are judged, and nowhere else."""
+    penalties = response_penalties(
+        *(jnp.asarray(local_rows(x)) for x in (rollout.lengths, rollout.finished)),
+        max_length_tokens=rollout.mask.shape[1],
+        missing_eos=algorithm.missing_eos_penalty,
+        overlong_buffer_tokens=algorithm.overlong_buffer_tokens,
+    )
+    return np.asarray(penalties, np.float32)
 
 
 def _informative(collected: Collected, group: int) -> np.ndarray:

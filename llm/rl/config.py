@@ -14,6 +14,7 @@ class KLConfig:
     # "reward": k1 a token in the reward, whose optimum is π ∝ π_ref·exp(reward/β). "loss_k2": ½ of
     # the squared log-ratio of each response in the loss, the same gradient on policy. "loss_k3":
     # GRPO's published form, to reproduce it: its optimum is another, π = β·π_ref/(λ − reward).
+    # In the loss it is divided by what the policy's loss is divided by, so that β means the same.
     place: Literal["reward", "loss_k2", "loss_k3"] = "reward"
     target_nats: float | None = None  # a response; steers the coefficient. None: fixed
     horizon_responses: int = 10_000  # of that steering
@@ -43,19 +44,23 @@ class AlgorithmConfig:
     lam: float = 0.95
     value_clip: float | None = 0.2
     value_weight: float = 1.0  # of the value's loss; it has parameters of its own
-    whiten_advantages: bool = True  # to mean 0 and variance 1 over a step's tokens
+    # To mean 0 and variance 1 over a step's tokens. Not with groups, whose baseline it would move.
+    whiten_advantages: bool = False
     scale_scores: bool = False  # by their running deviation, without a shift
     group_std: bool = False  # GRPO as first published; biased towards easy and hard prompts
     # Further draws of prompts until all groups' scores differ (DAPO); what is left is masked.
     # None: groups of equal scores stay in, with advantages of 0.
     dynamic_draws: int | None = None
     baseline_decay: float = 0.9  # of REINFORCE's moving average
-    missing_eos_penalty: float = 1.0  # off the score of a response that does not end by itself
-    overlong_buffer_tokens: int = 0  # DAPO's soft punishment before the limit; 0: none
+    # Off the score of a response that does not end by itself; and DAPO's soft punishment, up to 1,
+    # of the last so many tokens before the limit (0: none). Where both apply, the larger is taken.
+    missing_eos_penalty: float = 1.0
+    overlong_buffer_tokens: int = 0
     entropy_weight: float = 0.0
     ptx_weight: float = 0.0  # of the language-model loss on `ptx` data, nats a token
-    stop_kl: float | None = None  # approximate nats a token from the step's old policy: no more
-    # updates in a step beyond it
+    # Approximate nats a token from the step's old policy: an update that finds the policy beyond it
+    # is not made, nor are those after it in the step.
+    stop_kl: float | None = None
 
     def __post_init__(self):
         for name in ("epochs", "minibatches"):
@@ -71,6 +76,34 @@ class AlgorithmConfig:
                      "overlong_buffer_tokens"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)}: must not be negative")
+        if self.whiten_advantages and self.name in ("rloo", "grpo"):
+            raise ValueError(
+                f"algorithm.whiten_advantages with name={self.name!r}: centred over the batch, a "
+                "group of equal scores would teach something; set whiten_advantages=False"
+            )
+
+
+def check_kl_place(kl: KLConfig, algorithm: AlgorithmConfig) -> None:
+    """Raise a ValueError where a divergence in the loss would not cost `kl.coefficient` a nat."""
+    if kl.place == "reward":
+        return
+    remedy = "; set it otherwise, or kl.place='reward'"
+    if algorithm.whiten_advantages:
+        raise ValueError(
+            f"kl.place={kl.place!r} with algorithm.whiten_advantages: rewards are rescaled and the "
+            f"divergence is not{remedy}"
+        )
+    # GRPO as published has both with k3: it is there to be reproduced.
+    if kl.place == "loss_k2" and algorithm.aggregation == "sequence_mean":
+        raise ValueError(
+            "kl.place='loss_k2' with algorithm.aggregation='sequence_mean': rewards are divided by "
+            f"each response's length and its divergence is not{remedy}"
+        )
+    if kl.place == "loss_k2" and algorithm.group_std:
+        raise ValueError(
+            "kl.place='loss_k2' with algorithm.group_std: rewards are divided by each group's "
+            f"deviation and the divergence is not{remedy}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

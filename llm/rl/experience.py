@@ -12,7 +12,6 @@ from llm.rl.advantages import (
     informative_groups,
     leave_one_out_advantages,
     masked_whiten,
-    overlong_penalty,
     scale_scores,
     token_rewards,
 )
@@ -56,7 +55,8 @@ def make_experience(
 ) -> tuple[Experience, Controllers, Metrics]:
     """Return experience, the controllers' next state, and metrics `rl/…`.
 
-    Responses to one prompt, `group` of them, stand side by side.
+    Responses to one prompt, `group` of them, stand side by side. Their scores are those of
+    `collect`: penalties are taken off.
     """
     mask, num_responses = rollout.mask, rollout.mask.shape[0]
     length = jnp.sum(mask, axis=1)
@@ -66,13 +66,8 @@ def make_experience(
         "rl/response_tokens": jnp.mean(length),
         "rl/log_prob_gap": _mean(jnp.abs(looks.log_probs - rollout.sampler_log_probs), mask),
     }
-    scores = scores - algorithm.missing_eos_penalty * (1.0 - rollout.finished)
-    if algorithm.overlong_buffer_tokens:
-        scores = scores + overlong_penalty(
-            rollout.lengths,
-            max_length_tokens=mask.shape[1],
-            buffer_tokens=algorithm.overlong_buffer_tokens,
-        )
+    # Before they are scaled, which could round two scores to one.
+    informative = informative_groups(scores.reshape(-1, group))
     scale = controllers.scale
     if algorithm.scale_scores:
         scale, scores = scale_scores(scale, scores)
@@ -102,9 +97,8 @@ def make_experience(
             decay = jnp.where(started, algorithm.baseline_decay, 0.0)
             baseline = decay * baseline + (1.0 - decay) * jnp.mean(totals)
     if algorithm.dynamic_draws is not None:
-        learnt = informative_groups(scores.reshape(-1, group))
-        metrics["rl/informative_groups"] = jnp.mean(learnt.astype(jnp.float32))
-        mask = mask * jnp.repeat(learnt, group)[:, None]
+        metrics["rl/informative_groups"] = jnp.mean(informative.astype(jnp.float32))
+        mask = mask * jnp.repeat(informative, group)[:, None]
     if algorithm.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
     metrics |= {

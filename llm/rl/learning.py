@@ -41,8 +41,13 @@ def make_learn_step(
     """Return the jitted (state, frozen, rollout, scores, cursor, ptx batch) → (state, metrics).
 
     It donates the state. Responses to one prompt stand side by side. `cursor` counts the prompts
-    that were dealt; the ptx batch is None without a `ptx_loss`.
+    that were dealt; the ptx batch is None without a `ptx_loss`. An update in which every token is
+    masked changes nothing.
+
+    Raises:
+      ValueError: what a shared reference stands on would learn.
     """
+    models.check_rates(rates)
     apply_gradients = make_apply_gradients(optimizer, optimizer_config, rates)
     num_updates = algorithm.epochs * algorithm.minibatches
     # A single update of the whole learns from the very pass that looks at the responses.
@@ -64,23 +69,28 @@ def make_learn_step(
             )
 
         def descend(learnt: Learnt, loss_fn: LossFn, batch: dict[str, Any], number):
-            grads, objective, found = accumulate(
+            grads, objective, (logs, rest) = accumulate(
                 lambda part, *rest: loss_fn(overlay(still, part), *rest),
                 learnt.params,
                 batch,
                 jax.random.fold_in(key, number),
                 accumulate_steps,
             )
-            new, norm, finite = apply_gradients(learnt, grads, 1.0, objective, learning_rate)
-            return new, found, {"grad_norm": norm, "finite": finite}
+            # The loss is a mean already: of a count, only whether there is any is told.
+            counted = jnp.minimum(logs.pop("learnt_tokens"), 1.0)
+            new, norm, finite = apply_gradients(learnt, grads, counted, objective, learning_rate)
+            logs |= {"grad_norm": norm, "finite": finite, "done": counted > 0}
+            return new, logs, rest
 
-        def mixed(loss, params: dict, batch: dict, whole: dict, key) -> tuple[Array, Metrics]:
+        def mixed(loss, logs: Metrics, params: dict, batch: dict, whole: dict, key):
             """Add the language-model loss of the ptx batch, where there is one."""
             if ptx_loss is None:
-                return loss, {}
+                return loss, logs
             total, _ = ptx_loss(params["policy"], batch["ptx"], key)
             total /= jnp.maximum(jnp.sum(whole["ptx"]["loss_weights"]), 1.0)
-            return loss + algorithm.ptx_weight * total, {"ptx_loss": total}
+            learnt_tokens = logs["learnt_tokens"] + jnp.sum(batch["ptx"]["loss_weights"])
+            logs |= {"ptx_loss": total, "learnt_tokens": learnt_tokens}
+            return loss + algorithm.ptx_weight * total, logs
 
         def learn_once(learnt: Learnt):
             reference = forward.reference(state.params, frozen, rollout)
@@ -93,11 +103,10 @@ def make_learn_step(
                 loss, logs = minibatch_loss(
                     said, experience, experience.mask, algorithm, kl, beta, is_first=True
                 )
-                loss, more = mixed(loss, params, batch, whole, key)
-                return loss, jax.lax.stop_gradient((logs | more, *made[1:]))
+                loss, logs = mixed(loss, logs, params, batch, whole, key)
+                return loss, jax.lax.stop_gradient((logs, made[1:]))
 
-            learnt, (logs, controllers, metrics), more = descend(learnt, loss_fn, whole, 0)
-            logs |= more | {"done": jnp.asarray(True)}
+            learnt, logs, (controllers, metrics) = descend(learnt, loss_fn, whole, 0)
             return learnt, controllers, metrics, jax.tree.map(lambda x: x[None], logs)
 
         def learn_often(learnt: Learnt):
@@ -129,14 +138,14 @@ def make_learn_step(
                         beta,
                         is_first=number == 0,
                     )
-                    loss, more = mixed(loss, params, batch, whole, key)
-                    return loss, jax.lax.stop_gradient(logs | more)
+                    loss, logs = mixed(loss, logs, params, batch, whole, key)
+                    return loss, jax.lax.stop_gradient((logs, ()))
 
-                new, logs, more = descend(learnt, loss_fn, whole, number)
-                new = jax.tree.map(lambda a, b: jnp.where(stopped, b, a), new, learnt)
-                logs |= more | {"done": ~stopped}
+                new, logs, _ = descend(learnt, loss_fn, whole, number)
                 if algorithm.stop_kl is not None:
                     stopped = stopped | (logs["approx_kl"] > algorithm.stop_kl)
+                new = jax.tree.map(lambda a, b: jnp.where(stopped, b, a), new, learnt)
+                logs["done"] &= ~stopped
                 return (new, stopped), logs
 
             rows = _minibatch_rows(key, rollout.mask.shape[0], algorithm)
@@ -150,9 +159,13 @@ def make_learn_step(
         learnt, controllers, metrics, logs = (learn_once if looks_once else learn_often)(start)
         done, finite = logs.pop("done"), logs.pop("finite")
         skipped = jnp.where(jnp.all(finite | ~done), 0, state.skipped_in_a_row + 1)
-        metrics |= {f"rl/{name}": jnp.sum(x * done) / jnp.sum(done) for name, x in logs.items()}
+        updates = jnp.sum(done)
         metrics |= {
-            "rl/updates": jnp.sum(done),
+            f"rl/{name}": jnp.sum(jnp.where(done, x, 0.0)) / jnp.maximum(updates, 1)
+            for name, x in logs.items()
+        }
+        metrics |= {
+            "rl/updates": updates,
             "train/loss": metrics["rl/policy_loss"],
             "train/grad_norm": metrics.pop("rl/grad_norm"),
             "train/learning_rate": learning_rate,

@@ -33,12 +33,14 @@ def minibatch_loss(
     """
     tokens = jnp.maximum(jnp.sum(whole_mask), 1.0)
     sequences = jnp.maximum(jnp.sum(jnp.max(whole_mask, axis=1)), 1.0)
+    # Of the policy's loss and of a divergence beside it: what one costs in the other is β.
     policy_count = tokens if algorithm.aggregation == "token_mean" else sequences
     looks, mask, log_probs = part.looks, part.mask, said.log_probs
     old = jnp.where(is_first, jax.lax.stop_gradient(log_probs), looks.log_probs)
     clips = dict(clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
     per_token, sums = clipped_policy_loss(log_probs, old, part.advantages, mask, **clips)
     logs = {name: total / tokens for name, total in sums.items()}
+    logs["learnt_tokens"] = jnp.sum(mask)
     logs["entropy"] = jnp.sum(said.entropies * mask) / tokens
     logs["policy_loss"] = aggregate(per_token, mask, algorithm.aggregation)[0] / policy_count
     loss = logs["policy_loss"]
@@ -46,7 +48,7 @@ def minibatch_loss(
         loss -= algorithm.entropy_weight * logs["entropy"]
     if kl.place == "loss_k2":
         k2 = kl_k2_sequence(log_probs, looks.reference_log_probs, mask)
-        loss += kl_coefficient * jnp.sum(k2) / sequences
+        loss += kl_coefficient * jnp.sum(k2 * jnp.max(mask, axis=1)) / policy_count
     if kl.place == "loss_k3":
         k3 = kl_k3(log_probs, looks.reference_log_probs)
         loss += kl_coefficient * aggregate(k3, mask, algorithm.aggregation)[0] / policy_count

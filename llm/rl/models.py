@@ -9,12 +9,13 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from llm.models.adapters import is_factor
 from llm.models.scalar import ScalarModel
 from llm.models.transformer import Transformer
 from llm.training.state import ParamSpec, param_spec
-from llm.training.trainable import overlay
+from llm.training.trainable import Rates, overlay
 
 
 class Models(NamedTuple):
@@ -43,6 +44,20 @@ class Models(NamedTuple):
         if self.shared:
             value = ParamSpec(*(own_part(tree) for tree in value))
         return ParamSpec(*({"policy": p, "value": v} for p, v in zip(policy, value, strict=True)))
+
+    def check_rates(self, rates: Rates | None) -> None:
+        """Raise a ValueError where what a shared reference stands on would learn."""
+        if not self.shared:
+            return
+        leaves = jax.tree_util.tree_leaves_with_path((rates or self.spec().shapes)["policy"])
+        for path, rate in leaves:
+            if not is_factor(path[-1].key) and (rates is None or np.any(rate)):
+                name = "/".join(entry.key for entry in path)
+                raise ValueError(
+                    f"trainable.train lets the policy's {name} learn: with adapter.rank="
+                    f"{self.policy.adapter.rank} the reference stands on it and would move along. "
+                    "Let only low-rank factors ('*/lora_?') and scores learn, or set adapter.rank=0"
+                )
 
     def reference_params(self, params: dict, frozen: dict) -> dict:
         """Return the reference's parameters, out of the policy's or of what is kept frozen."""

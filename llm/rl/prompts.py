@@ -39,6 +39,11 @@ class PromptSet:
     bad_rows: tuple[BadRow, ...]
     max_tokens: int  # that were allowed
 
+    def left_out(self, most: int = 3) -> list[str]:
+        """Return the first rows of each kind that was left out, and why."""
+        long = [f"{name} is longer than {self.max_tokens} tokens" for name in self.too_long[:most]]
+        return long + [f"{bad.source}:{bad.row} {bad.reason}" for bad in self.bad_rows[:most]]
+
     def width(self, multiple: int = 8) -> int:
         """Return the tokens of a row that every prompt fits into: a multiple, or max_tokens."""
         longest = max(len(prompt.tokens) for prompt in self.prompts)

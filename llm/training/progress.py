@@ -68,11 +68,11 @@ class Progress:
         loss: float | None,
         *,
         seconds_per_step: float | None = None,
-        tokens_per_step: int = 0,
+        tokens_per_second: float | None = None,
         mfu: float | None = None,
     ) -> None:
         """Show a step. On a terminal at once; elsewhere every few seconds and at the end."""
-        text = describe(loss, self._total_steps - step, seconds_per_step, tokens_per_step, mfu)
+        text = describe(loss, self._total_steps - step, seconds_per_step, tokens_per_second, mfu)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
             return
@@ -96,13 +96,13 @@ def describe(
     loss: float | None,
     steps_left: int,
     seconds_per_step: float | None,
-    tokens_per_step: int,
+    tokens_per_second: float | None,
     mfu: float | None,
 ) -> str:
     """Return the figures in words: "loss 3.214  18.3k tokens/s  MFU 41.2%  0:12:05 left"."""
     parts = [] if loss is None else [f"loss {loss:.4g}"]
     if seconds_per_step:
-        parts.append(f"{_short(tokens_per_step / seconds_per_step)} tokens/s")
+        parts += [f"{_short(tokens_per_second)} tokens/s"] if tokens_per_second else []
         if mfu is not None:
             parts.append(f"MFU {mfu:.1%}")
         minutes, seconds = divmod(round(steps_left * seconds_per_step), 60)

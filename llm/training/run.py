@@ -242,15 +242,17 @@ class Run:
         if step % self._run_config.log_every_steps == 0 or step in (1, self.total_steps):
             seconds = self._throughput.end_interval()
             if self._primary:
-                self._metrics.write(step, values | self._speed(seconds))
+                # What a stage measures itself stands: not all of its positions are tokens, perhaps.
+                self._metrics.write(step, self._speed(seconds) | values)
         if self._primary:
             seconds = self._throughput.seconds_per_step
+            speed = self._speed(seconds) | values
             self._progress.update(
                 step,
                 values.get("train/loss"),
                 seconds_per_step=seconds,
-                tokens_per_step=self._tokens_per_step,
-                mfu=self._speed(seconds).get("perf/mfu"),
+                tokens_per_second=speed.get("perf/tokens_per_second"),
+                mfu=speed.get("perf/mfu"),
             )
         skipped = values.get(_SKIPPED, 0)
         if skipped >= self._run_config.max_skipped_in_a_row:

@@ -46,8 +46,8 @@ def make_train_step(
     """Return the jitted step. It donates the state, and takes this host's slice of the batch.
 
     Sums are divided by the one named `count`. A step whose loss or gradient is not finite leaves
-    parameters, optimizer and EMA untouched and counts itself in `skipped_in_a_row`; the step number
-    and the data cursor move on.
+    parameters, optimizer and EMA untouched and counts itself in `skipped_in_a_row`; one of padding
+    alone leaves them too. The step number and the data cursor move on.
     """
     apply_gradients = make_apply_gradients(optimizer, config, rates)
 
@@ -64,10 +64,10 @@ def make_train_step(
             accumulate_steps,
         )
         learning_rate = config.learning_rate * schedule(state.step)
-        total = jnp.maximum(sums[count], 1.0)  # a batch of padding must not divide by zero
         learnt = Learnt(trainable, state.opt_state, state.ema_params)
-        learnt, norm, finite = apply_gradients(learnt, grads, total, objective, learning_rate)
+        learnt, norm, finite = apply_gradients(learnt, grads, sums[count], objective, learning_rate)
         skipped = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        total = jnp.maximum(sums[count], 1.0)
         metrics = {f"train/{k}": v / total for k, v in sums.items() if k != count}
         metrics |= {
             f"train/{count}": sums[count],
@@ -92,10 +92,12 @@ def make_apply_gradients(
     """Return (learnt, summed gradients, count, objective, learning rate) → (learnt, norm, finite).
 
     Clips by the global norm of the mean gradient, and changes nothing unless objective and norm are
-    finite.
+    finite and the count is positive: of nothing there is no gradient, but momentum and decay would
+    move on.
     """
 
-    def apply(learnt: Learnt, grads, total, objective, learning_rate):
+    def apply(learnt: Learnt, grads, count, objective, learning_rate):
+        total = jnp.maximum(count, 1.0)
         factors = None if rates is None else split(rates, rates)[0]
         if factors is not None:  # layers frozen among stacked ones must not count in the norm
             grads = jax.tree.map(lambda g, r: jnp.where(np.asarray(r) > 0, g, 0), grads, factors)
@@ -110,8 +112,9 @@ def make_apply_gradients(
         params = jax.tree.map(lambda p, u: p + learning_rate * u, learnt.params, updates)
         ema = _moving_average(learnt.ema_params, params, config.ema_decay)
         finite = jnp.isfinite(objective) & jnp.isfinite(norm)
+        changes = finite & (count > 0)
         changed = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), Learnt(params, opt_state, ema), learnt
+            lambda new, old: jnp.where(changes, new, old), Learnt(params, opt_state, ema), learnt
         )
         return changed, norm, finite
 

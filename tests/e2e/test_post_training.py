@@ -8,11 +8,28 @@ import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
+from configs.schema import RlhfConfig
+from experiments.rewards import load_reward, load_value_start, weight_of
+from llm.models.scalar import ScalarModel
+from llm.models.transformer import Transformer
+from llm.rl.config import RewardConfig
+from llm.rl.models import Models
 from llm.training.loading import load_params
+from llm.training.manifests import read_manifest
 from llm.training.metrics import read_metrics
+from tests.e2e.life import (
+    AFTER_TWO_STEPS,
+    BETWEEN_ROLLOUT_AND_UPDATE,
+    RECIPES,
+    WATCH_COMPILATIONS,
+    module_of,
+    patched,
+)
 
 LENGTH = 48
 ENVIRONMENT = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2")}
@@ -54,140 +71,28 @@ def recipe(folder, stage):
     return (f"--config={folder / 'recipes.py'}:{stage}",)
 
 
-RECIPES = """
-from configs import finetune_tiny, preference_tiny, pretrain_tiny, reward_tiny, rlhf_tiny
-from configs.dataclass_config import to_config_dict
-from llm.data.config import SourceConfig
-from llm.models.presets import from_depth
-
-FOLDER, LENGTH = {folder!r}, {length}
-
-
-def source(name, **fields):
-    path = FOLDER + "/" + name + ".jsonl"
-    return to_config_dict(SourceConfig(paths=(path,), validation_fraction=0.25, **fields))
-
-
-def get_config(stage):
-    config = globals()[stage]()
-    config.run.log_every_steps = 1
-    config.run.save_every_steps = 2
-    config.schedule.warmup_steps = 1
-    return config
-
-
-def pretrain():
-    config = pretrain_tiny.get_config()
-    config.model = to_config_dict(from_depth(1, vocab_size=300, max_length_tokens=LENGTH))
-    config.data.sources = {{"text": source("text")}}
-    config.data.tokenizer.kind = "bytes"
-    config.data.cache_dir = FOLDER + "/cache"
-    config.data.length_tokens, config.data.batch_sequences = LENGTH, 4
-    config.total_steps = 2
-    config.schedule.decay_steps = 1
-    config.evaluation.every_steps, config.evaluation.prompts = 0, ()
-    return config
-
-
-def finetune():
-    config = finetune_tiny.get_config()
-    config.source = FOLDER + "/pretrain"
-    config.data.sources = {{"pairs": source("pairs", format="prompt_response")}}
-    config.data.cache_dir = FOLDER + "/cache"
-    config.data.length_tokens, config.data.batch_sequences = LENGTH, 4
-    config.total_epochs, config.total_steps = None, 4
-    config.evaluation.every_steps = 4
-    config.evaluation.prompts = ("say sun",)
-    config.evaluation.sample_tokens = 4
-    return config
-
-
-def comparisons(config):
-    config.source = FOLDER + "/finetune"
-    config.comparisons.source = source("feedback", format="feedback")
-    config.comparisons.length_tokens = 32
-    config.comparisons.batch_prompts = 4
-    config.comparisons.max_responses = 2
-    config.total_epochs, config.total_steps = None, 4
-    config.evaluate_every_steps = 4
-    return config
-
-
-def reward():
-    return comparisons(reward_tiny.get_config())
-
-
-def preference():
-    return comparisons(preference_tiny.get_config())
-
-
-def rlhf():
-    config = rlhf_tiny.get_config()
-    config.source = FOLDER + "/finetune"
-    config.value_source = FOLDER + "/reward"
-    config.prompts = source("pairs", format="prompt_response")
-    config.rewards.rule.kind = "model"
-    config.rewards.rule.path = FOLDER + "/reward"
-    config.rollout.prompts, config.rollout.response_tokens = 4, 6
-    config.total_steps = 4
-    config.samples_every_steps = 2
-    return config
-"""
-
-ORDER = ("finetune", "reward", "preference", "rlhf")
+ORDER = ("finetune", "reward", "preference", "rlhf", "rlhf_dynamic")
 
 
 @pytest.fixture(scope="module")
 def whole(folder):
     """Every stage run in one go."""
     for stage in ORDER:
-        done = run(stage, *recipe(folder, stage), f"--workdir={folder / stage}")
+        code = patched(stage, WATCH_COMPILATIONS) if stage == "rlhf_dynamic" else None
+        arguments = (*recipe(folder, stage), f"--workdir={folder / stage}")
+        done = run(module_of(stage), *arguments, code=code)
         (folder / f"{stage}.log").write_text(done.stdout + done.stderr)
     return folder
-
-
-LEAVE = """
-import sys, os, signal
-import experiments.{stage} as stage, llm.training.run as r
-from experiments import entry
-import configs.schema as schema
-{patch}
-entry.run(stage.main, schema.{config})
-"""
-AFTER_TWO_STEPS = """
-real = r.Run.after_step
-def leave(self, state, metrics):
-    state = real(self, state, metrics)
-    if self.step == 2: os.kill(os.getpid(), signal.SIGTERM)
-    return state
-r.Run.after_step = leave
-"""
-# kill -9 when the third step's responses are scored and nothing is learnt from them yet.
-BETWEEN_ROLLOUT_AND_UPDATE = """
-real, calls = stage.collect, []
-def collect(*arguments, **options):
-    collected = real(*arguments, **options)
-    calls.append(1)
-    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)
-    return collected
-stage.collect = collect
-"""
-CONFIGS = {
-    "finetune": "FinetuneConfig",
-    "reward": "RewardModelConfig",
-    "preference": "DirectPreferenceConfig",
-    "rlhf": "RlhfConfig",
-}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ORDER)
 def test_a_broken_run_ends_where_the_unbroken_one_does(whole, stage):
     workdir = whole / f"{stage}_broken"
-    patch, code = (BETWEEN_ROLLOUT_AND_UPDATE, -9) if stage == "rlhf" else (AFTER_TWO_STEPS, 75)
-    leave = LEAVE.format(stage=stage, patch=patch, config=CONFIGS[stage])
-    run(stage, *recipe(whole, stage), f"--workdir={workdir}", expect=code, code=leave)
-    run(stage, *recipe(whole, stage), f"--workdir={workdir}")
+    module, arguments = module_of(stage), (*recipe(whole, stage), f"--workdir={workdir}")
+    patch, code = (BETWEEN_ROLLOUT_AND_UPDATE, -9) if module == "rlhf" else (AFTER_TWO_STEPS, 75)
+    run(module, *arguments, expect=code, code=patched(stage, patch))
+    run(module, *arguments)
     assert load_params(workdir).digest == load_params(whole / stage).digest
     assert load_params(workdir).step == 4
     ours, theirs = (
@@ -207,13 +112,64 @@ def test_what_each_stage_leaves(whole):
     assert 0 <= report["accuracy"] <= 1 and report["pairs"] > 0
     scale = json.loads((whole / "reward" / "scale.json").read_text())
     assert np.isfinite(scale["shift"]) and scale["scale"] > 0
-    rows = read_metrics(whole / "rlhf")
-    for name in ("rl/kl", "rl/entropy", "rl/reward/rule", "perf/generation_seconds"):
-        assert all(name in row for row in rows if "rl/score" in row), name
     assert set(json.loads((whole / "rlhf" / "frozen.json").read_text())) == {
         "rewards.rule",
         "source",
     }
+
+
+LOGGED = """rl/score rl/reward rl/reward/rule rl/kl rl/kl_k3 rl/kl_coefficient rl/entropy rl/ratio
+rl/clip_fraction rl/approx_kl rl/response_tokens rl/ended_by_eos rl/log_prob_gap rl/updates
+perf/generation_seconds perf/scoring_seconds perf/learning_seconds perf/tokens_per_second
+train/loss train/grad_norm train/learning_rate"""
+MORE = {
+    "rlhf": "rl/explained_variance rl/value rl/value_loss rl/value_clip_fraction",
+    "rlhf_dynamic": "rl/reward/vowels rl/informative_groups rl/ptx_loss",
+}
+
+
+@pytest.mark.parametrize("stage, responses", [("rlhf", 4), ("rlhf_dynamic", 8)])
+def test_every_step_of_a_policys_run_logs_what_it_did(whole, stage, responses):
+    rows = read_metrics(whole / stage)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        missing = {*LOGGED.split(), *MORE[stage].split()} - row.keys()
+        assert not missing
+        parts = ("generation", "scoring", "learning")
+        seconds = sum(row[f"perf/{part}_seconds"] for part in parts)
+        tokens = row["rl/response_tokens"] * responses  # and not the 6 that each has room for
+        assert row["perf/tokens_per_second"] == pytest.approx(tokens / seconds, rel=1e-3)
+
+
+def test_a_policys_run_compiles_in_its_first_step_alone(whole):
+    first, *others = json.loads((whole / "rlhf_dynamic" / "compiled.json").read_text())
+    programs = {"jit(sample)", "jit(scores_of)", "jit(learn)"}
+    assert programs <= set(first) and len(others) == 4
+    assert not programs & {name for step in others for name in step}
+
+
+def test_further_prompts_were_drawn(whole):
+    (newest,) = epath.Path(whole / "rlhf_dynamic" / "checkpoints").glob("*4")
+    assert read_manifest(newest)["cursor"] > 4 * 4
+
+
+def test_a_value_starts_at_what_the_run_is_paid(whole):
+    source = str(whole / "reward")
+    reward = load_reward(source)
+    models = Models(Transformer(reward.config), ScalarModel(reward.config))
+    value = load_value_start(source, models, reward.tokenizer, weight=-2.0)
+    tokens = jnp.asarray([reward.tokenizer.encode("sun and sea and sand")])
+    raw, paid = (models.value.apply({"params": p}, tokens) for p in (reward.merged, value))
+    scale = json.loads((whole / "reward" / "scale.json").read_text())
+    assert scale["shift"] != 0 and scale["scale"] != 1 and np.ptp(raw) > 0
+    expected = -2.0 * (np.asarray(raw) - scale["shift"]) / scale["scale"]
+    np.testing.assert_allclose(paid, expected, rtol=1e-4, atol=1e-5)
+    rewards = {
+        "judge": RewardConfig(path=source + "/", weight=0.5),
+        "rule": RewardConfig(kind="pattern", path=source, weight=7.0),
+    }
+    config = RlhfConfig(source="x", rewards=rewards)
+    assert weight_of(source, config) == 0.5 and weight_of("elsewhere", config) == 1.0
 
 
 def test_policies_speak_and_reward_models_do_not(whole):
@@ -233,12 +189,14 @@ def test_policies_speak_and_reward_models_do_not(whole):
         ("preference", "--config.preference.method=dop", "must be one of"),
         ("rlhf", "--config.algorithm.minibatches=3", "do not divide into"),
         ("rlhf", "--config.rewards.rule.path=nowhere", "not the workdir of a finished reward"),
-        ("rlhf", "--config.algorithm.name=grpo", "rollout.group=1 must be at least 2"),
+        ("rlhf", "--config.algorithm.name=grpo", "set whiten_advantages=False"),
+        ("rlhf_dynamic", "--config.rollout.group=1", "rollout.group=1 must be at least 2"),
+        ("rlhf_dynamic", "--config.ptx.batch_sequences=5", "into algorithm.minibatches"),
     ],
 )
 def test_mistakes_are_one_line(whole, stage, override, message):
     arguments = (*recipe(whole, stage), override, f"--workdir={whole / 'mistake'}")
-    done = run(stage, *arguments, expect=2)
+    done = run(module_of(stage), *arguments, expect=2)
     assert message in done.stderr and "Traceback" not in done.stderr
 
 

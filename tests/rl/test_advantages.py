@@ -19,6 +19,7 @@ from llm.rl.advantages import (
     leave_one_out_advantages,
     masked_whiten,
     overlong_penalty,
+    response_penalties,
     scale_scores,
     token_rewards,
 )
@@ -82,6 +83,21 @@ def test_overlong_responses_are_punished_softly():
     np.testing.assert_allclose(found, [0, 0, -0.5, -1, -1])
 
 
+def test_a_response_cut_at_the_limit_is_punished_once():
+    lengths = jnp.array([80, 90, 100, 100, 40])
+    finished = jnp.array([True, True, True, False, False])
+    for missing_eos, buffer, expected in (
+        (0.3, 0, [0, 0, 0, 0.3, 0.3]),
+        (0.3, 20, [0, 0.5, 1, 1, 0.3]),
+        (2.0, 20, [0, 0.5, 1, 2, 2]),
+    ):
+        found = response_penalties(
+            lengths, finished, max_length_tokens=100, missing_eos=missing_eos,
+            overlong_buffer_tokens=buffer,
+        )  # fmt: skip
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_whitening_is_over_what_is_not_masked():
     x = jnp.array([[1.0, 3.0, 99.0], [5.0, 7.0, -99.0]])
     mask = jnp.array([[1.0, 1, 0], [1, 1, 0]])
@@ -132,6 +148,10 @@ def test_modes_of_aggregation_by_hand():
     assert [float(v) for v in aggregate(x, mask, "token_mean")] == [7.0, 3.0]
     assert [float(v) for v in aggregate(x, mask, "sequence_mean")] == [5.5, 2.0]
     assert [float(v) for v in aggregate(x, mask, "sequence_sum")] == [7.0, 2.0]
+    weights = jnp.array([[0.5], [0.25]])  # of sequences
+    assert [float(v) for v in aggregate(x, mask * weights, "token_mean")] == [2.5, 1.25]
+    assert [float(v) for v in aggregate(x, mask * weights, "sequence_mean")] == [1.75, 0.75]
+    assert [float(v) for v in aggregate(x, mask * weights, "sequence_sum")] == [2.5, 0.75]
 
 
 def test_clips_by_hand():

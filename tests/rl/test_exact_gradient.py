@@ -1,27 +1,52 @@
 """The estimators' expectations against the exact gradient of E[r] − β·KL(π‖π_ref), enumerated.
 
-All responses are listed, each weighted by its probability: what the shipped functions make of them
-is the expectation itself. Right ones agree in direction and size; each known mistake fails.
+All responses of a small transformer are listed, each weighted by its probability: what the shipped
+experience and loss make of them is the expectation itself. Right ones agree in direction and size;
+each known mistake fails.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
-from llm.objectives.policy_gradient import (
-    aggregate,
-    clipped_policy_loss,
-    kl_k1,
-    kl_k2_sequence,
-    kl_k3,
-    policy_gradient_loss,
+from llm.models.config import ComputeConfig, TransformerConfig
+from llm.models.scalar import ScalarModel
+from llm.models.transformer import Transformer, init_params
+from llm.objectives.policy_gradient import kl_k1, kl_k2_sequence, kl_k3
+from llm.rl.config import AlgorithmConfig, KLConfig
+from llm.rl.forward import Forward
+from llm.rl.models import Models
+from llm.rl.rollout import Rollout
+from tests.rl.enumeration import expected_loss
+from tests.rl.tabular import (
+    ALL,
+    EOS,
+    LENGTH,
+    VOCAB,
+    probabilities,
+    random_logits,
+    random_rewards,
 )
-from llm.rl.advantages import gae, group_advantages, leave_one_out_advantages, token_rewards
-from tests.rl.tabular import ALL, probabilities, random_logits, random_rewards
 from tests.rl.tabular import token_log_probs as log_probs_of
 
-BETA = 0.3
+BETA = 0.25  # a binary fraction: controllers are float32
+PROMPT = (1, 2)
+MODEL = TransformerConfig(
+    vocab_size=VOCAB,
+    width=8,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    mlp_width=12,
+    max_length_tokens=8,
+)
+COMPUTE = ComputeConfig(dtype="float64")
+MODELS = Models(Transformer(MODEL, COMPUTE), ScalarModel(MODEL, COMPUTE))
 pytestmark = pytest.mark.usefixtures("float64")
 
 
@@ -31,135 +56,135 @@ def float64():
         yield
 
 
+def random_params(model, seed):
+    """Return parameters large enough for the policy to be far from uniform, the head's too."""
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.7, x.shape)), shapes)
+
+
 def setting():
-    return random_logits(0), random_logits(1), random_rewards(2)
+    """Return parameters of policy and reference, and a reward a response."""
+    policy, reference = (random_params(MODELS.policy, seed) for seed in (0, 1))
+    return policy, reference, random_rewards(2)
 
 
-def exact_gradient(logits, reference, rewards, temperature=1.0):
+def plain_log_probs(params, temperature):
+    """Return the log-probability of every response out of whole logits, without any padding."""
+    prompts = np.tile(PROMPT, (len(ALL.tokens), 1))
+    tokens = jnp.asarray(np.concatenate([prompts, ALL.tokens], axis=1))
+    logits = MODELS.policy.apply({"params": params}, tokens)[:, len(PROMPT) - 1 : -1, :VOCAB]
+    found = jax.nn.log_softmax(logits / temperature)
+    chosen = jnp.take_along_axis(found, ALL.tokens[..., None], axis=-1)[..., 0]
+    return jnp.sum(chosen * ALL.mask, axis=1)
+
+
+@functools.cache
+def exact(temperature):
     """Return the gradient of the loss −(E[r] − β·KL), by differentiating the enumerated sum."""
+    policy, reference, rewards = setting()
+    theirs = plain_log_probs(reference, temperature)
 
-    def loss(logits):
-        p = probabilities(logits, temperature)
-        q = probabilities(reference, temperature)
-        return -jnp.sum(p * (rewards - BETA * (jnp.log(p) - jnp.log(q))))
+    def loss(params):
+        ours = plain_log_probs(params, temperature)
+        return -jnp.sum(jnp.exp(ours) * (rewards - BETA * (ours - theirs)))
 
-    return jax.grad(loss)(logits)
+    total = jnp.sum(jnp.exp(plain_log_probs(policy, temperature)))
+    assert float(total) == pytest.approx(1.0, abs=1e-12)
+    return ravel_pytree(jax.jit(jax.grad(loss))(policy))[0]
+
+
+def all_responses():
+    """Return every response as sampling leaves it: after the prompt, padded on both sides."""
+    count, width = len(ALL.tokens), 1 + len(PROMPT)
+    prompts = np.tile((EOS, *PROMPT), (count, 1))
+    real = np.concatenate([np.tile((0, 1, 1), (count, 1)), ALL.mask], axis=1)
+    return Rollout(
+        tokens=jnp.asarray(np.concatenate([prompts, ALL.tokens], axis=1)),
+        segment_ids=jnp.asarray(real, jnp.int32),
+        positions=jnp.tile(jnp.maximum(jnp.arange(width + LENGTH) - 1, 0), (count, 1)),
+        mask=jnp.asarray(ALL.mask),
+        sampler_log_probs=jnp.zeros_like(ALL.mask),
+        lengths=jnp.asarray(ALL.mask.sum(axis=1), jnp.int32),
+        finished=jnp.ones(count, bool),
+    )
+
+
+def shipped(
+    name, *, place="reward", mode="sequence_sum", temperature=1.0, learnt_temperature=None, **wrong
+):
+    """Return the expected gradient of the shipped loss, at another temperature where asked."""
+    policy, reference, rewards = setting()
+    value = random_params(MODELS.value, 3)
+    forward = Forward(MODELS, learnt_temperature or temperature, tile_tokens=16)
+    algorithm = AlgorithmConfig(name=name, aggregation=mode, lam=1.0)
+    kl = KLConfig(BETA, place)
+    probs = jnp.exp(plain_log_probs(policy, temperature))
+    rollout = all_responses()
+
+    def loss(params):
+        said = forward({"policy": params, "value": value}, rollout)
+        theirs = forward.reference({}, {"reference": reference}, rollout)
+        return expected_loss(said, theirs, rewards, probs, algorithm, kl, **wrong)
+
+    return ravel_pytree(jax.jit(jax.grad(loss))(policy))[0]
 
 
 def relative_error(found, exact):
     return float(jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact))
 
 
-def ppo_gradient(
-    logits,
-    reference,
-    rewards,
-    *,
-    temperature=1.0,
-    learnt_temperature=None,
-    kl_sign=1.0,
-    mode="sequence_sum",
-    eos_masked=False,
-    values=None,
-    loss="clipped",
-):
-    """Return the expected gradient of the shipped losses, with one mistake where asked."""
-    learnt_temperature = learnt_temperature or temperature
-    p = probabilities(logits, temperature)
-    mask = jnp.asarray(ALL.mask)
-    theirs = log_probs_of(reference, learnt_temperature)
-    old = log_probs_of(logits, learnt_temperature)
-    token_scores = token_rewards(rewards, kl_k1(old, theirs), mask, kl_sign * BETA)
-    values = jnp.zeros_like(mask) if values is None else values
-    advantages, _ = gae(token_scores, values, mask, gamma=1.0, lam=1.0)
-    learnt = mask * (ALL.tokens != 0) if eos_masked else mask
-
-    def expected(logits):
-        log_probs = log_probs_of(logits, learnt_temperature)
-        if loss == "clipped":
-            per_token, _ = clipped_policy_loss(log_probs, old, advantages, learnt)
-        else:
-            per_token = policy_gradient_loss(log_probs, advantages, learnt)
-        if mode == "sequence_mean":
-            total = jax.vmap(lambda x, m: aggregate(x[None], m[None], mode)[0])(per_token, learnt)
-            return jnp.sum(p * total)
-        return aggregate(per_token, learnt * p[:, None], mode)[0]
-
-    return jax.grad(expected)(logits)
-
-
-@pytest.mark.parametrize("loss", ["clipped", "plain"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_expected_update_is_the_exact_gradient(temperature, loss):
-    logits, reference, rewards = setting()
-    exact = exact_gradient(logits, reference, rewards, temperature)
-    found = ppo_gradient(logits, reference, rewards, temperature=temperature, loss=loss)
-    assert relative_error(found, exact) < 1e-10
+@pytest.mark.parametrize(
+    "name, place",
+    [
+        ("ppo", "reward"),
+        ("reinforce", "reward"),
+        ("rloo", "reward"),
+        ("reinforce", "loss_k2"),
+        ("rloo", "loss_k2"),
+    ],
+)
+def test_the_expected_update_is_the_exact_gradient(name, place, temperature):
+    """Whatever the baseline: a value of the prefix, a constant, the other response's score."""
+    found = shipped(name, place=place, temperature=temperature)
+    assert relative_error(found, exact(temperature)) < 1e-8
 
 
-def test_a_value_baseline_leaves_the_expectation_as_it_is():
-    """Any function of the prefix may be taken off, GAE at λ = 1 being returns less values."""
-    logits, reference, rewards = setting()
-    table = jnp.asarray(np.random.default_rng(5).normal(size=int(ALL.states.max()) + 1))
-    values = table[ALL.states] * ALL.mask
-    found = ppo_gradient(logits, reference, rewards, values=values)
-    assert relative_error(found, exact_gradient(logits, reference, rewards)) < 1e-10
+WITHOUT_EOS = ALL.mask * (ALL.tokens != EOS)
 
 
+@pytest.mark.parametrize("name", ["ppo", "reinforce", "rloo"])
 @pytest.mark.parametrize(
     "mistake",
     [
-        dict(kl_sign=-1.0),
+        dict(coefficient=-BETA),
         dict(mode="sequence_mean"),
-        dict(eos_masked=True),
+        dict(learnt=WITHOUT_EOS),
         dict(temperature=0.7, learnt_temperature=1.0),
     ],
     ids=["KL sign", "length mean", "EOS masked", "temperature missing"],
 )
-def test_known_mistakes_are_not_the_gradient(mistake):
-    logits, reference, rewards = setting()
-    exact = exact_gradient(logits, reference, rewards, mistake.get("temperature", 1.0))
-    assert relative_error(ppo_gradient(logits, reference, rewards, **mistake), exact) > 0.05
+def test_known_mistakes_are_not_the_gradient(name, mistake):
+    assert relative_error(shipped(name, **mistake), exact(mistake.get("temperature", 1.0))) > 0.05
 
 
-def group_gradient(logits, reference, rewards, advantages_of):
-    """Return the expected gradient over all pairs of responses, for a group's advantages."""
-    p = probabilities(logits)
-    mask, theirs, old = jnp.asarray(ALL.mask), log_probs_of(reference), log_probs_of(logits)
-    totals = jnp.sum(token_rewards(rewards, kl_k1(old, theirs), mask, BETA), axis=1)
-    first, second = (x.ravel() for x in jnp.indices((len(p), len(p))))
-    advantages = advantages_of(jnp.stack([totals[first], totals[second]], axis=1))
-    weights = p[first] * p[second]
-    # Each response's weight as the first of a pair times its advantage there; the second alike.
-    each = [
-        jnp.zeros_like(p).at[place].add(weights * advantages[:, k]) / 2
-        for k, place in enumerate((first, second))
-    ]
-
-    def expected(logits):
-        per_token = policy_gradient_loss(log_probs_of(logits), sum(each)[:, None] * mask, mask)
-        return aggregate(per_token, mask, "sequence_sum")[0]
-
-    return jax.grad(expected)(logits)
-
-
-def test_leave_one_out_is_exact_and_the_mean_with_itself_is_short_by_one_in_g():
-    logits, reference, rewards = setting()
-    exact = exact_gradient(logits, reference, rewards)
-    rloo = group_gradient(logits, reference, rewards, leave_one_out_advantages)
-    assert relative_error(rloo, exact) < 1e-10
-    grpo = group_gradient(
-        logits, reference, rewards, lambda scores: group_advantages(scores, std=False)
-    )
-    assert relative_error(grpo, (1 - 1 / 2) * exact) < 1e-10
-    assert relative_error(grpo, exact) > 0.4  # so a leave-one-out with itself in it would be found
+def test_a_mean_with_the_sample_in_it_is_short_by_one_in_g():
+    found = shipped("grpo")
+    assert relative_error(found, (1 - 1 / 2) * exact(1.0)) < 1e-8
+    assert relative_error(found, exact(1.0)) > 0.4  # so a leave-one-out with itself would be found
 
 
 def test_k2_of_the_sequence_has_the_gradient_of_the_divergence_and_others_have_not():
-    logits, reference, _ = setting()
+    logits, reference = random_logits(0), random_logits(1)
     p, mask = probabilities(logits), jnp.asarray(ALL.mask)
     theirs = log_probs_of(reference)
-    exact = exact_gradient(logits, reference, jnp.zeros(len(p))) / BETA
+
+    def divergence(logits):
+        ours, theirs = (jnp.sum(log_probs_of(x), axis=1) for x in (logits, reference))
+        return jnp.sum(jnp.exp(ours) * (ours - theirs))
+
+    exact = jax.grad(divergence)(logits)
 
     def expected(per_response):
         return jax.grad(lambda x: jnp.sum(p * per_response(log_probs_of(x))))(logits)
@@ -177,7 +202,7 @@ def test_k2_of_the_sequence_has_the_gradient_of_the_divergence_and_others_have_n
 
 
 def test_divergence_estimators_are_unbiased():
-    logits, reference, _ = setting()
+    logits, reference = random_logits(0), random_logits(1)
     p, q = probabilities(logits), probabilities(reference)
     ours, theirs = log_probs_of(logits), log_probs_of(reference)
     exact = float(jnp.sum(p * (jnp.log(p) - jnp.log(q))))

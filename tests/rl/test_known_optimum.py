@@ -1,4 +1,4 @@
-"""Each algorithm, through the shipped losses, reaches the policy that is known to be best.
+"""Each algorithm, through its shipped loss, reaches the policy that is known to be best.
 
 All responses are listed and weighted by their probabilities: what is optimised is the expectation.
 """
@@ -9,17 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from llm.objectives.policy_gradient import (
-    aggregate,
-    clipped_policy_loss,
-    clipped_value_loss,
-    kl_k1,
-    kl_k2_sequence,
-    kl_k3,
-    policy_gradient_loss,
-)
 from llm.objectives.preference import dpo_loss
-from llm.rl.advantages import gae, group_advantages, leave_one_out_advantages, token_rewards
+from llm.rl.config import AlgorithmConfig, KLConfig
+from llm.rl.forward import Said
+from tests.rl.enumeration import expected_loss
 from tests.rl.tabular import (
     ALL,
     NUM_STATES,
@@ -58,102 +51,50 @@ def setting():
     return reference, random_rewards(2)
 
 
-def rewards_of(log_probs, reference, scores):
-    """Return the shipped reward a token: −β·k1, and the score at the end."""
-    return token_rewards(scores, kl_k1(log_probs, log_probs_of(reference)), MASK, BETA)
+def learnt_policy(algorithm, kl, *, value=False, steps=1500):
+    """Return logits, and a value a state where one is learnt, that minimise the shipped loss."""
+    reference, scores = setting()
+    theirs = log_probs_of(reference)
 
+    def loss(params):
+        logits, table = params
+        ours = log_probs_of(logits)
+        values = table[ALL.states] * MASK if value else jnp.zeros_like(MASK)
+        said = Said(ours, jnp.zeros_like(ours), values)
+        return expected_loss(said, theirs, scores, probabilities(logits), algorithm, kl)
 
-def weighted(per_token, probs):
-    """Return the expectation of a loss a token, summed over each response."""
-    return aggregate(per_token, MASK * jax.lax.stop_gradient(probs)[:, None], "sequence_sum")[0]
+    return minimise(loss, (reference, jnp.zeros(NUM_STATES)), steps)
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.95])
 def test_ppo_reaches_the_optimum_and_its_value_is_the_log_normaliser(lam):
     reference, scores = setting()
-
-    def loss(params):
-        logits, table = params
-        log_probs, probs = log_probs_of(logits), probabilities(logits)
-        old = jax.lax.stop_gradient(log_probs)
-        values = table[ALL.states] * MASK
-        rewards = rewards_of(old, reference, scores)
-        held = jax.lax.stop_gradient(values)
-        advantages, returns = gae(rewards, held, MASK, gamma=1.0, lam=lam)
-        policy, _ = clipped_policy_loss(log_probs, old, advantages, MASK)
-        value, _ = clipped_value_loss(values, held, returns, MASK, clip=0.2)
-        return weighted(policy, probs) + weighted(value, probs)
-
-    logits, table = minimise(loss, (reference, jnp.zeros(NUM_STATES)), steps=3000)
+    algorithm = AlgorithmConfig(name="ppo", lam=lam, aggregation="sequence_sum")
+    logits, table = learnt_policy(algorithm, KLConfig(BETA), value=True, steps=3000)
     best, log_z = optimum(probabilities(reference), scores, BETA)
     assert divergence(probabilities(logits), best) < 1e-3
     assert float(table[0]) == pytest.approx(float(BETA * log_z), rel=1e-2)
     assert divergence(probabilities(reference), best) > 0.3  # it was not there from the start
 
 
-def test_reinforce_with_a_baseline_reaches_the_optimum():
+@pytest.mark.parametrize(
+    "name, place",
+    [
+        ("reinforce", "reward"),
+        ("rloo", "reward"),
+        ("grpo", "reward"),
+        ("reinforce", "loss_k2"),
+        ("rloo", "loss_k2"),
+    ],
+)
+def test_others_reach_the_optimum(name, place):
+    """Groups are all pairs of responses to the prompt; GRPO is without the deviation."""
     reference, scores = setting()
-
-    def loss(logits):
-        log_probs, probs = log_probs_of(logits), probabilities(logits)
-        totals = jnp.sum(rewards_of(log_probs, reference, scores), axis=1)
-        baseline = jnp.sum(probs * totals)
-        advantages = jax.lax.stop_gradient(totals - baseline)[:, None] * MASK
-        return weighted(policy_gradient_loss(log_probs, advantages, MASK), probs)
-
+    algorithm = AlgorithmConfig(name=name, aggregation="sequence_sum")
+    steps = 1500 if place == "reward" else 4000
+    logits, _ = learnt_policy(algorithm, KLConfig(BETA, place), steps=steps)
     best, _ = optimum(probabilities(reference), scores, BETA)
-    assert divergence(probabilities(minimise(loss, reference)), best) < 1e-3
-
-
-@pytest.mark.parametrize("name", ["rloo", "grpo"])
-def test_group_baselines_reach_the_optimum(name):
-    """Over all pairs of responses to the prompt; GRPO without the deviation."""
-    reference, scores = setting()
-    first, second = (x.ravel() for x in np.indices((len(scores), len(scores))))
-
-    def loss(logits):
-        log_probs, probs = log_probs_of(logits), probabilities(logits)
-        totals = jnp.sum(rewards_of(log_probs, reference, scores), axis=1)
-        groups = jnp.stack([totals[first], totals[second]], axis=1)
-        if name == "rloo":
-            advantages = leave_one_out_advantages(groups)
-        else:
-            advantages = group_advantages(groups, std=False)
-        weights = jax.lax.stop_gradient(probs[first] * probs[second])
-        advantages = jax.lax.stop_gradient(advantages)
-        each = sum(
-            jnp.zeros_like(probs).at[place].add(weights * advantages[:, k]) / 2
-            for k, place in enumerate((first, second))
-        )
-        per_token = policy_gradient_loss(log_probs, each[:, None] * MASK, MASK)
-        return aggregate(per_token, MASK, "sequence_sum")[0]
-
-    best, _ = optimum(probabilities(reference), scores, BETA)
-    assert divergence(probabilities(minimise(loss, reference)), best) < 1e-3
-
-
-def in_the_loss(penalty, reference, scores):
-    """Return the policy that is learnt with the divergence in the loss, not in the reward."""
-
-    def loss(logits):
-        log_probs, probs = log_probs_of(logits), probabilities(logits)
-        advantages = jnp.broadcast_to(scores[:, None] - jnp.sum(probs * scores), MASK.shape)
-        policy = policy_gradient_loss(log_probs, jax.lax.stop_gradient(advantages), MASK)
-        return weighted(policy, probs) + BETA * penalty(log_probs, jax.lax.stop_gradient(probs))
-
-    return probabilities(minimise(loss, reference, steps=4000))
-
-
-def test_k2_of_the_sequence_in_the_loss_reaches_the_optimum():
-    reference, scores = setting()
-    theirs = log_probs_of(reference)
-    learnt = in_the_loss(
-        lambda log_probs, probs: jnp.sum(probs * kl_k2_sequence(log_probs, theirs, MASK)),
-        reference,
-        scores,
-    )
-    best, _ = optimum(probabilities(reference), scores, BETA)
-    assert divergence(learnt, best) < 1e-3
+    assert divergence(probabilities(logits), best) < 1e-3
 
 
 def test_k3_in_the_loss_reaches_its_own_fixed_point_instead():
@@ -165,15 +106,16 @@ def test_k3_in_the_loss_reaches_its_own_fixed_point_instead():
     rng = np.random.default_rng(3)
     scores = jnp.asarray(rng.normal(0, 1, 6))
     reference = jax.nn.log_softmax(jnp.asarray(rng.normal(0, 0.7, 6)))
+    algorithm = AlgorithmConfig(name="reinforce", aggregation="sequence_sum")
+    one = jnp.ones((6, 1))
 
     def loss(logits):
-        log_probs = jax.nn.log_softmax(logits)
-        probs = jax.lax.stop_gradient(jnp.exp(log_probs))[:, None]
-        one = jnp.ones((6, 1))
-        advantages = scores[:, None] - jnp.sum(probs[:, 0] * scores)
-        policy = policy_gradient_loss(log_probs[:, None], advantages, one)
-        k3 = kl_k3(log_probs[:, None], reference[:, None])
-        return aggregate(policy + BETA * k3, one * probs, "sequence_sum")[0]
+        ours = jax.nn.log_softmax(logits)
+        said = Said(ours[:, None], 0 * one, 0 * one)
+        kl = KLConfig(BETA, "loss_k3")
+        return expected_loss(
+            said, reference[:, None], scores, jnp.exp(ours), algorithm, kl, mask=one
+        )
 
     learnt = jax.nn.softmax(minimise(loss, reference, steps=4000))
     low, high = float(scores.max()) + 1e-9, float(scores.max()) + 100.0

@@ -7,140 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm.data.tokenizer_training import byte_tokenizer
-from llm.models.adapters import adapt_params
-from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
-from llm.models.scalar import ScalarModel
-from llm.models.transformer import Transformer, init_params
+from llm.models.config import AdapterConfig, ComputeConfig
+from llm.models.transformer import Transformer
 from llm.parallel.config import MeshConfig
 from llm.parallel.mesh import make_mesh
-from llm.rl.collect import collect
-from llm.rl.config import AlgorithmConfig, KLConfig, RolloutConfig
+from llm.rl.config import AlgorithmConfig, KLConfig
 from llm.rl.forward import response_log_probs
-from llm.rl.learning import make_learn_step
-from llm.rl.models import Models, own_part
-from llm.rl.prompts import Prompt, PromptBatches
-from llm.rl.rollout import SamplerMismatchError, check_gap, make_rollout
-from llm.rl.state import init_controllers, rl_shardings, with_controllers
-from llm.training.config import OptimizerConfig, ScheduleConfig, TrainableConfig
-from llm.training.optimizers import make_optimizer
-from llm.training.schedules import make_schedule
-from llm.training.state import init_state, state_shardings
-from llm.training.trainable import make_rates, split
-
-TOKENIZER = byte_tokenizer()
-MODEL = TransformerConfig(
-    vocab_size=TOKENIZER.vocab_size,
-    width=16,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_width=24,
-    max_length_tokens=32,
-)
-ROLLOUT = RolloutConfig(prompts=4, group=2, prompt_tokens=12, response_tokens=6, temperature=0.7)
-# An epsilon beside which gradients are small: Adam's update is then linear in them, and does not
-# blow the last bits of those near 0 up to its full step.
-LINEAR = 10.0
-PPO = AlgorithmConfig(name="ppo", missing_eos_penalty=0.1)
-
-
-def prompt(text):
-    messages = ({"role": "user", "content": text},)
-    tokens = tuple(TOKENIZER.encode_chat(messages, add_generation_prompt=True))
-    return Prompt(messages, tokens, {}, f"test:{text}")
-
-
-PROMPTS = [prompt(text) for text in ("a", "bcd", "efgh", "ij", "klmno")]
-
-
-def vowels(prompts, responses):
-    return [sum(c in "aeiou" for c in response) + len(response) / 7 for response in responses]
-
-
-class Trainer:
-    """What experiments.rlhf puts together, on a random policy."""
-
-    def __init__(
-        self,
-        algorithm=PPO,
-        kl=None,
-        adapter=None,
-        mesh=None,
-        rate=1e-2,
-        epsilon=1e-8,
-        **learn_options,
-    ):
-        self.mesh = mesh or make_mesh(MeshConfig(data=1), jax.devices()[:1])
-        adapter = adapter or AdapterConfig()
-        kl = kl or KLConfig(coefficient=0.1)
-        policy = Transformer(MODEL, ComputeConfig(), adapter)
-        has_value = algorithm.name == "ppo"
-        value = ScalarModel(MODEL, ComputeConfig(), adapter) if has_value else None
-        self.models = models = Models(policy, value)
-        spec = models.spec()
-        rates = make_rates(TrainableConfig(), MODEL, spec.shapes, adapted=models.shared)
-        config = OptimizerConfig(learning_rate=rate, epsilon=epsilon, weight_decay=0.0)
-        optimizer = make_optimizer(config, split(spec.axes, rates)[0])
-        self.shardings = rl_shardings(
-            state_shardings(spec, optimizer, self.mesh, rates=rates), self.mesh
-        )
-        self.learn = make_learn_step(
-            models,
-            algorithm,
-            kl,
-            ROLLOUT,
-            optimizer,
-            config,
-            make_schedule(ScheduleConfig("constant"), total_steps=9, tokens_per_step=1),
-            self.shardings,
-            self.mesh,
-            rates=rates,
-            **learn_options,
-        )
-        self.sample = make_rollout(policy, ROLLOUT, TOKENIZER, self.mesh)
-        self.batches = PromptBatches(PROMPTS, ROLLOUT.prompts, seed=0)
-        base = loud(init_params(Transformer(MODEL), jax.random.key(0)))
-        self.frozen = {} if models.shared else {"reference": base}
-        params = {"policy": adapt_params(policy, base, jax.random.key(1))}
-        if has_value:
-            start = init_params(ScalarModel(MODEL), jax.random.key(2))
-            start = adapt_params(value, start, jax.random.key(3))
-            params["value"] = own_part(start) if models.shared else start
-        with jax.set_mesh(self.mesh):
-            train = init_state(spec, optimizer, self.mesh, 0, params=params, rates=rates)
-            state = with_controllers(train, init_controllers(kl.coefficient))
-            self.state = jax.device_put(state, self.shardings)
-
-    def collect(self, reward=vowels, extra_draws=0):
-        with jax.set_mesh(self.mesh):
-            return collect(
-                self.sample, {"r": (reward, 1.0)}, self.batches, self.state, TOKENIZER, ROLLOUT,
-                self.mesh, extra_draws=extra_draws,
-            )  # fmt: skip
-
-    def step(self, reward=vowels):
-        with jax.set_mesh(self.mesh):
-            collected = self.collect(reward)
-            cursor = jnp.uint32(self.batches.cursor)
-            self.state, metrics = self.learn(
-                self.state, self.frozen, collected.rollout, collected.scores, cursor, None
-            )
-        return {name: float(x) for name, x in metrics.items()}
-
-
-def loud(params):
-    return jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
-
-
-def host(tree):
-    return jax.tree.map(np.asarray, tree)
-
-
-def same(a, b):
-    pairs = zip(jax.tree.leaves(host(a)), jax.tree.leaves(host(b)), strict=True)
-    return all(np.array_equal(x, y) for x, y in pairs)
+from llm.rl.rollout import SamplerMismatchError, check_gap
+from tests.rl.trainer import LINEAR, MODEL, PPO, ROLLOUT, Trainer, at, host, same
 
 
 def test_the_first_update_is_on_policy_to_the_bit():
@@ -148,8 +22,13 @@ def test_the_first_update_is_on_policy_to_the_bit():
     assert metrics["rl/ratio"] == 1.0
     assert metrics["rl/clip_fraction"] == 0.0 and metrics["rl/approx_kl"] == 0.0
     assert metrics["rl/kl"] == 0.0  # the reference is where it started
-    several = Trainer(dataclasses.replace(PPO, epochs=2, minibatches=2)).step()
-    assert several["rl/updates"] == 4 and several["rl/approx_kl"] > 0
+    several = dataclasses.replace(PPO, epochs=2, minibatches=2)
+    metrics = Trainer(several).step()
+    assert metrics["rl/updates"] == 4 and metrics["rl/approx_kl"] > 0
+    # While nothing is learnt, later updates compare what was looked up with what they compute.
+    still = Trainer(several, rate=1e-30).step()
+    assert still["rl/ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert abs(still["rl/approx_kl"]) < 1e-7 and still["rl/clip_fraction"] == 0.0
 
 
 @pytest.mark.parametrize("group", [1, ROLLOUT.group])  # prompts read for each row, or once
@@ -244,17 +123,29 @@ def test_equal_rewards_teach_nothing(name):
     assert metrics["train/grad_norm"] == 0.0 and metrics["train/skipped_in_a_row"] == 0
 
 
-def test_a_batch_that_is_all_masked_leaves_the_parameters():
-    algorithm = AlgorithmConfig(name="grpo", dynamic_draws=0, entropy_weight=0.1)
-    trainer = Trainer(algorithm, kl=KLConfig(coefficient=0.1, place="loss_k2"))
-    before = host(trainer.state.params)
+@pytest.mark.parametrize("name, minibatches", [("adamw", 1), ("muon", 2)])
+def test_a_batch_that_is_all_masked_leaves_the_parameters(name, minibatches):
+    """And the optimizer, whose momentum and decay would move on by themselves."""
+    algorithm = AlgorithmConfig(
+        name="grpo", dynamic_draws=0, entropy_weight=0.1, missing_eos_penalty=0.0,
+        minibatches=minibatches,
+    )  # fmt: skip
+    kl = KLConfig(coefficient=0.1, place="loss_k2")
+    trainer = Trainer(algorithm, kl=kl, optimizer=dict(name=name, weight_decay=0.1))
+    start = host(trainer.state.params)
+    assert trainer.step()["rl/updates"] == minibatches
+    before = host(trainer.state)
+    assert not same(start, before.params)
     metrics = trainer.step(lambda prompts, responses: [1.0] * len(responses))
-    assert metrics["rl/informative_groups"] == 0.0
-    assert same(before, trainer.state.params)
+    assert metrics["rl/informative_groups"] == 0.0 and metrics["rl/updates"] == 0
+    assert metrics["train/skipped_in_a_row"] == 0
+    assert same(before.params, trainer.state.params)
+    assert same(before.opt_state, trainer.state.opt_state)
 
 
 def test_further_draws_fill_groups_that_teach_nothing():
-    trainer = Trainer(AlgorithmConfig(name="grpo", dynamic_draws=3))
+    algorithm = AlgorithmConfig(name="grpo", dynamic_draws=3, missing_eos_penalty=0.0)
+    trainer = Trainer(algorithm)
 
     def only_long_prompts(prompts, responses):
         return [hash_of(r) if len(p.text) > 2 else 0.0 for p, r in zip(prompts, responses)]  # noqa: B905
@@ -262,7 +153,7 @@ def test_further_draws_fill_groups_that_teach_nothing():
     def hash_of(text):
         return float(sum(map(ord, text)) % 97)
 
-    drawn = trainer.collect(only_long_prompts, extra_draws=3)
+    drawn = trainer.collect(only_long_prompts)
     groups = np.asarray(drawn.scores).reshape(4, 2)
     assert (groups[:, 0] != groups[:, 1]).sum() == 4
     assert all(len(p.text) > 2 for p in drawn.prompts)
@@ -287,18 +178,26 @@ def test_policy_value_and_reference_share_a_trunk_under_an_adapter():
     assert last["rl/kl"] != 0.0
     after = host(trainer.state.params)
     for path, x in jax.tree_util.tree_leaves_with_path(before["policy"]):
-        moved = not np.array_equal(x, _at(after["policy"], path))
+        moved = not np.array_equal(x, at(after["policy"], path))
         assert moved == path[-1].key.startswith("lora_"), path
     assert not same(before["value"], after["value"])
 
 
-def test_a_step_is_a_function_of_its_state_and_compiles_once():
+def test_a_step_is_a_function_of_its_state_and_compiles_once(caplog):
+    def compiled():
+        names = [r.getMessage() for r in caplog.records if "XLA compilation of" in r.getMessage()]
+        caplog.clear()
+        return [name.split("XLA compilation of ")[1].split(" in ")[0] for name in names]
+
     one, other = Trainer(), Trainer()
     for trainer in (one, other):
-        for _ in range(3):
+        with jax.log_compiles():
             trainer.step()
+            assert {"jit(sample)", "jit(learn)"} <= set(compiled())
+            for _ in range(2):
+                trainer.step()
+            assert compiled() == []
     assert same(one.state, other.state)
-    assert one.learn._cache_size() == 1
 
 
 def test_meshes_agree():
@@ -327,9 +226,3 @@ def test_learning_finds_the_reward():
 
     scores = [trainer.step(letters)["rl/score"] for _ in range(25)]
     assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 1.0
-
-
-def _at(tree, path):
-    for entry in path:
-        tree = tree[entry.key]
-    return tree

@@ -144,7 +144,7 @@ def test_describe():
     assert describe(3.2144, 725, 1.0, 18300, 0.412) == (
         "loss 3.214  18.3k tokens/s  MFU 41.2%  0:12:05 left"
     )
-    assert describe(None, 7200, 1.5, 2_000_000, None) == "1.33M tokens/s  3:00:00 left"
+    assert describe(None, 7200, 1.5, 2_000_000 / 1.5, None) == "1.33M tokens/s  3:00:00 left"
     assert describe(0.5, 1, None, 1, None) == "loss 0.5"
 
 
@@ -168,7 +168,7 @@ def test_a_live_line_on_a_terminal(monkeypatch):
     stream = Terminal()
     progress = Progress(100, stream=stream)
     progress.start(40)
-    progress.update(50, 1.5, seconds_per_step=0.1, tokens_per_step=100)
+    progress.update(50, 1.5, seconds_per_step=0.1, tokens_per_second=1000)
     progress.say("a [bracket] stays")
     progress.close()
     shown = stream.getvalue()

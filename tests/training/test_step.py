@@ -154,16 +154,20 @@ def test_a_step_without_a_finite_gradient_changes_no_parameter():
     assert int(metrics["train/skipped_in_a_row"]) == 0
 
 
-def test_a_batch_of_padding_changes_no_parameter_without_decay():
-    config = OptimizerConfig(weight_decay=0.0)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_batch_of_padding_changes_nothing_under_momentum_and_decay(name):
+    config = OptimizerConfig(name=name, weight_decay=0.1, ema_decay=0.9)
     mesh, step, init = trainer(optimizer_config=config)
     with jax.set_mesh(mesh):
-        state = init()
-        before = jax.device_get(state.params)
-        empty = make_batch(0) | {"loss_weights": np.zeros((B, T), np.float32)}
+        state, _ = step(init(), make_batch(0))
+        before = jax.device_get(state)
+        empty = make_batch(1) | {"loss_weights": np.zeros((B, T), np.float32)}
         state, metrics = step(state, empty)
-    assert float(metrics["train/loss"]) == 0.0
-    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
+    after = jax.device_get(state)
+    for field in ("params", "opt_state", "ema_params"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, field), getattr(after, field))
+    assert float(metrics["train/loss"]) == 0.0 and int(metrics["train/skipped_in_a_row"]) == 0
+    assert int(after.step) == 2 and int(after.cursor) == 2 * B
 
 
 def test_ema_follows_its_recursion():
