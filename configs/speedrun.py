@@ -67,7 +67,7 @@ def get_pretrain_config():
 
 def get_finetune_config():
     config = to_config_dict(FinetuneConfig(source="pretrain", total_epochs=4.0))
-    # Reviews that say clearly what they are: from all of them it follows in 60%, not 69% (one seed).
+    # Learnt from all reviews, clear or not, it follows in 60% and not 69% (one seed).
     source = dataclasses.replace(_reviews("clear_instructions"), validation_split="validation")
     config.data.sources = {"instructions": to_config_dict(source)}
     config.data.length_tokens = 256
