@@ -11,6 +11,7 @@ from jaxtyping import Int32, Int64
 
 from llm.data.builders.grouping import hash_fraction
 from llm.data.config import ComparisonsConfig
+from llm.data.conversations import Messages
 from llm.data.feedback import Feedback, from_row, join
 from llm.data.feedback_rows import FeedbackError
 from llm.data.loader import MAX_CURSOR, Batch, local_sequences
@@ -134,7 +135,7 @@ def _check_source(config: ComparisonsConfig, source: Source) -> None:
 
 def _check_bad_rows(config: ComparisonsConfig, bad_rows: Sequence[BadRow]) -> None:
     if len(bad_rows) > config.max_bad_rows:
-        first = "; ".join(f"{row.source}:{row.row} {row.reason}" for row in bad_rows[:3])
+        first = "; ".join(map(str, bad_rows[:3]))
         raise BadRowsError(
             f"feedback of {describe(config.source)} has more than comparisons.max_bad_rows="
             f"{config.max_bad_rows} bad rows, the first: {first}. Mend the data, rename fields "
@@ -168,18 +169,16 @@ def encode_feedback(
 ) -> tuple[list[EncodedFeedback], list[str]]:
     """Return records as tokens, and the ids of those that lost what did not fit: all or a part.
 
-    An answer is what a sampler would add to the prompt, up to the end token: what a template puts
-    behind that is left off. With `pairs_only`, records without a pair (any more) are left out.
+    With `pairs_only`, records without a pair (any more) are left out.
 
     Raises:
       ValueError: the chat template renders a prompt otherwise before its answer.
     """
     encoded, cut = [], []
     for record in records:
-        prompt = tokenizer.encode_chat(record.prompt, add_generation_prompt=True)
+        answers = encode_answers(record.prompt, record.responses, tokenizer, record.id)
         kept = []
-        for response, level in zip(record.responses, record.levels, strict=True):
-            row, start = _encode_answer(record, prompt, response, tokenizer)
+        for (row, start), level in zip(answers, record.levels, strict=True):
             if len(row) <= length_tokens:
                 kept.append((np.array(row, np.int32), start, level))
         if len(kept) < len(record.responses):
@@ -190,21 +189,35 @@ def encode_feedback(
     return encoded, cut
 
 
+def encode_answers(
+    prompt: Messages, responses: Sequence[str], tokenizer: Tokenizer, identity: str
+) -> list[tuple[list[int], int]]:
+    """Return, for each response, the tokens of prompt and answer and where the answer's begin.
+
+    An answer is what a sampler would add to the prompt, up to the end token: what a template puts
+    behind that is left off. Losses and rewards both read these rows.
+
+    Raises:
+      ValueError: the chat template renders the prompt, called `identity`, otherwise before answers.
+    """
+    before = tokenizer.encode_chat(prompt, add_generation_prompt=True)
+    return [_encode_answer(prompt, before, each, tokenizer, identity) for each in responses]
+
+
 def _encode_answer(
-    record: Feedback, prompt: list[int], response: str, tokenizer: Tokenizer
+    prompt: Messages, before: list[int], response: str, tokenizer: Tokenizer, identity: str
 ) -> tuple[list[int], int]:
-    """Return the tokens of prompt and answer, and where the answer's begin."""
-    messages = [*record.prompt, {"role": "assistant", "content": response}]
-    row, start = tokenizer.encode_chat(messages), len(prompt)
-    if row[:start] != prompt:
-        before = tokenizer.render_chat(record.prompt, add_generation_prompt=True)
-        if not tokenizer.render_chat(messages).startswith(before):
+    messages = [*prompt, {"role": "assistant", "content": response}]
+    row, start = tokenizer.encode_chat(messages), len(before)
+    if row[:start] != before:
+        asked = tokenizer.render_chat(prompt, add_generation_prompt=True)
+        if not tokenizer.render_chat(messages).startswith(asked):
             raise ValueError(
-                f"{record.id}: the chat template renders this prompt otherwise when an answer "
+                f"{identity}: the chat template renders this prompt otherwise when an answer "
                 "follows, so that answers cannot be told apart; use another template"
             )
         # The prompt's last characters and the answer's first became one token: it is the answer's.
-        same = (ours == theirs for ours, theirs in zip(prompt, row, strict=False))
+        same = (ours == theirs for ours, theirs in zip(before, row, strict=False))
         start = next((place for place, is_same in enumerate(same) if not is_same), len(row))
     answer = row[start:]
     if tokenizer.eos_id in answer:
