@@ -12,11 +12,11 @@ import jax
 
 from configs.schema import DirectPreferenceConfig
 from experiments import entry
+from experiments.feedback import load_comparisons
 from experiments.loading import Start, load_model, load_start
-from experiments.reward import splits_of
 from experiments.rewards import check_digests
 from experiments.run_flags import PROFILE, WORKDIR
-from llm.data.comparisons import ComparisonBatches, encode_feedback, load_feedback
+from llm.data.comparisons import ComparisonBatches, spread
 from llm.models.adapters import adapt_params
 from llm.models.transformer import Transformer, logical_axes, param_shapes
 from llm.parallel.mesh import make_mesh, start_distributed
@@ -43,14 +43,8 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
     mesh = make_mesh(config.mesh)
 
     # Data
-    encoded = {}
     pairs_only = config.preference.method != "kto"  # which learns from single thumbs, too
-    for name in splits_of(config):
-        found = load_feedback(config.comparisons, name, pairs_only=pairs_only)
-        length = config.comparisons.length_tokens
-        encoded[name], _ = encode_feedback(
-            found.records, start.tokenizer, length, pairs_only=pairs_only
-        )
+    encoded, told = load_comparisons(config, start.tokenizer, pairs_only=pairs_only)
     hosts = dict(host_index=jax.process_index(), host_count=jax.process_count())
     batches = ComparisonBatches(encoded["train"], config.comparisons, **hosts)
     total_steps = config.num_steps(len(batches.records))
@@ -91,6 +85,8 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
         tokens_per_step=config.tokens_per_step,
     )
     with jax.set_mesh(mesh), run:
+        for line in told:
+            run.say(line)
         start.tokenizer.save(run.workdir / "tokenizer")
         base, frozen = init_frozen(config, models, start, mesh, run)
         if base is not None:
@@ -108,8 +104,9 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
             state = run.after_step(state, metrics)
             if run.due(config.evaluate_every_steps) and "validation" in encoded:
                 totals: dict[str, float] = {}
+                held_out = spread(encoded["validation"], config.comparisons.max_responses)
                 for batch in ComparisonBatches(
-                    encoded["validation"], config.comparisons, one_pass=True, **hosts
+                    held_out, config.comparisons, one_pass=True, **hosts
                 ):
                     reference = models.reference_params({"policy": state.params}, frozen)
                     batch = add_reference(reference, batch)

@@ -45,6 +45,9 @@ def folder(tmp_path_factory):
             good, bad = words[i % 5], words[(i + 1) % 5]
             row = {"prompt": f"say {i}", "chosen": f"{good} {i}", "rejected": f"{bad}"}
             file.write(json.dumps(row) + "\n")
+        for answers in (("same", "same"), ("sun", "x" * 40)):
+            row = dict(zip(("prompt", "chosen", "rejected"), ("say", *answers), strict=True))
+            file.write(json.dumps(row) + "\n")
     (folder / "recipes.py").write_text(RECIPES.format(folder=str(folder), length=LENGTH))
     run("pretrain", *recipe(folder, "pretrain"), f"--workdir={folder / 'pretrain'}")
     return folder
@@ -203,6 +206,11 @@ def test_a_broken_run_ends_where_the_unbroken_one_does(whole, stage):
 def test_what_each_stage_leaves(whole):
     said = (whole / "finetune.log").read_text()
     assert "say sun|" in said
+    for stage in ("reward", "preference"):
+        said = (whole / f"{stage}.log").read_text()
+        assert "1 bad rows left out: " in said
+        assert "feedback.jsonl:25 two responses are identical, and one is said to be" in said
+        assert "length_tokens=32: " in said and "feedback.jsonl:26\n" in said
     report = json.loads((whole / "reward" / "preferences.json").read_text())
     assert 0 <= report["accuracy"] <= 1 and report["pairs"] > 0
     scale = json.loads((whole / "reward" / "scale.json").read_text())
@@ -229,7 +237,7 @@ def test_policies_speak_and_reward_models_do_not(whole):
         ("finetune", "--config.adapter.rnak=2", "no field 'rnak'; did you mean rank?"),
         ("finetune", "--config.source=nowhere", "nowhere does not exist; give a Hugging Face"),
         ("finetune", "--config.trainable.freeze=('layer/*',)", "'layer/*' matches no parameter"),
-        ("reward", "--config.comparisons.kind=thumbs", "24 rows are bad"),
+        ("reward", "--config.comparisons.kind=thumbs", "26 rows are bad"),
         ("preference", "--config.preference.method=dop", "must be one of"),
         ("rlhf", "--config.algorithm.minibatches=3", "do not divide into"),
         ("rlhf", "--config.rewards.rule.path=nowhere", "not the workdir of a finished reward"),
