@@ -2,7 +2,7 @@
 
     python -m experiments.preference --config=configs/preference_tiny.py --workdir=runs/tiny_dpo
 
-What the reference says of the responses is computed beside each step; with an adapter it is the
+What the reference says of the responses is computed before each step; with an adapter it is the
 policy without its factors and takes no memory.
 """
 
@@ -59,7 +59,7 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
     )
     tiles = dict(tile_tokens=config.loss_tile_tokens)
     loss_fn = make_preference_loss(model, config.preference, **tiles)
-    add_reference = make_reference_step(models.reference, mesh, config.preference, **tiles)
+    add_reference = make_reference_step(model, models.reference, mesh, config.preference, **tiles)
 
     # State
     ema = config.optimizer.ema_decay is not None
@@ -99,7 +99,7 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
         # Loop
         while run.step < run.total_steps:
             reference = models.reference_params({"policy": state.params}, frozen)
-            batch = add_reference(reference, next(batches))
+            batch = add_reference(state.params, reference, next(batches))
             state, metrics = train_step(state, batch)
             state = run.after_step(state, metrics)
             if run.due(config.evaluate_every_steps) and "validation" in encoded:
@@ -108,10 +108,11 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
                 for batch in ComparisonBatches(
                     held_out, config.comparisons, one_pass=True, **hosts
                 ):
+                    params = averaged_params(state)
                     reference = models.reference_params({"policy": state.params}, frozen)
-                    batch = add_reference(reference, batch)
+                    batch = add_reference(params, reference, batch)
                     arrays = {name: x for name, x in batch.items() if name != "cursor"}
-                    sums = score(averaged_params(state), place_batch(arrays, mesh))
+                    sums = score(params, place_batch(arrays, mesh))
                     totals = {n: totals.get(n, 0.0) + float(x) for n, x in sums.items()}
                 write_evaluation(run, totals)
 
