@@ -3,14 +3,27 @@
 Each is also broken off in the middle and gone on with, and ends bitwise where the unbroken one did.
 """
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from configs.command_line import load_config
+from configs.schema import RlhfConfig
+from experiments.loading import load_model_config
+from experiments.rewards import load_rewards, load_value_start
+from llm.data.tokenizer_training import byte_tokenizer, train_tokenizer
+from llm.data.tokenizers import load_tokenizer
+from llm.models.config import ComputeConfig
+from llm.models.scalar import ScalarModel
+from llm.models.transformer import Transformer
+from llm.rl.models import Models
+from llm.rl.prompts import Prompt
 from llm.training.loading import load_params
 from llm.training.metrics import read_metrics
 
@@ -222,6 +235,45 @@ def test_what_each_stage_leaves(whole):
         "rewards.rule",
         "source",
     }
+
+
+def test_direct_preferences_begin_at_log_2(whole):
+    """By their own loss, before the first update: DPO's policy is its reference."""
+    first = next(row for row in read_metrics(whole / "preference") if "train/loss" in row)
+    assert first["train/loss"] == pytest.approx(np.log(2), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, first", [("kto", 0.5), ("ipo", 25.0), ("orpo", None)])
+def test_other_direct_preferences_run(whole, method, first):
+    """First losses at β = 0.1: KTO's 1 − σ(0), IPO's (1/2β)²."""
+    workdir = whole / method
+    arguments = ("--config.preference.method=" + method, "--config.total_steps=2")
+    run("preference", *recipe(whole, "preference"), *arguments, f"--workdir={workdir}")
+    losses = [row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    assert first is None or losses[0] == pytest.approx(first, rel=1e-4)
+
+
+def test_a_value_that_reads_other_tokens_is_refused(whole, tmp_path):
+    """A reward may: it encodes texts anew. A value reads the policy's own tokens."""
+    other = tmp_path / "reward"
+    shutil.copytree(whole / "reward", other)
+    assert byte_tokenizer().definition == load_tokenizer(other / "tokenizer").definition
+    shutil.rmtree(other / "tokenizer")
+    train_tokenizer(["sun sea sky sand wind"] * 9, 290).save(other / "tokenizer")
+    config = f"{whole / 'recipes.py'}:rlhf"
+    rlhf = load_config(config, [], RlhfConfig)
+    models = Models(
+        Transformer(load_model_config(whole / "finetune")),
+        ScalarModel(load_model_config(other)),
+    )
+    with pytest.raises(ValueError, match="has another tokenizer than the policy, whose tokens"):
+        load_value_start(str(other), models, byte_tokenizer())
+    asked = dataclasses.replace(rlhf.rewards["rule"], path=str(other))
+    rewards, _ = load_rewards(dataclasses.replace(rlhf, rewards={"r": asked}), ComputeConfig())
+    prompt = Prompt(({"role": "user", "content": "say sun"},), (1, 2), {}, "pairs.jsonl:1")
+    assert np.isfinite(rewards["r"][0]([prompt], ["sun 1"])).all()
 
 
 def test_policies_speak_and_reward_models_do_not(whole):
