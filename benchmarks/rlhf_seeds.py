@@ -12,16 +12,17 @@ import json
 import shutil
 import statistics
 import sys
+from typing import Any
 
 from absl import flags
 from etils import epath
 
 from configs.schema import SpeedrunConfig
 from experiments import entry
+from experiments.run_flags import WORKDIR
 from experiments.speedrun_alignment import POLICIES, align
 from experiments.stages import Stages
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs go.", required=True)
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "One run for each.")
 _PRETRAINED = flags.DEFINE_string(
     "pretrained", None, "A speedrun's workdir, whose base model is taken.", required=True
@@ -30,13 +31,20 @@ _PRETRAINED = flags.DEFINE_string(
 
 def seeded(config: SpeedrunConfig, seed: int) -> SpeedrunConfig:
     """Return the recipe with every seed after pretraining set: of data, dropout and sampling."""
-    stages = {
-        name: dataclasses.replace(getattr(config, name), seed=seed)
-        for name in ("finetune", "reward", "preference", "rlhf")
-    }
-    data = dataclasses.replace(config.finetune.data, seed=seed)
-    stages["finetune"] = dataclasses.replace(stages["finetune"], data=data)
-    return dataclasses.replace(config, **stages)
+    stages = ("finetune", "reward", "preference", "rlhf", "judge")
+    return dataclasses.replace(config, **{n: _seeded(getattr(config, n), seed) for n in stages})
+
+
+def _seeded(config: Any, seed: int) -> Any:
+    """Return a config with every field called seed set, in it and in the configs that it holds."""
+    changed = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == "seed":
+            changed["seed"] = seed
+        elif dataclasses.is_dataclass(value):
+            changed[field.name] = _seeded(value, seed)
+    return dataclasses.replace(config, **changed)
 
 
 def figures(found: dict) -> dict[str, float]:
@@ -57,7 +65,7 @@ def main(config: SpeedrunConfig) -> None:
         raise FileNotFoundError(f"--pretrained={_PRETRAINED.value} has no finished pretrain stage")
     runs = {}
     for seed in map(int, _SEEDS.value):
-        workdir = epath.Path(_WORKDIR.value) / f"seed_{seed}"
+        workdir = epath.Path(WORKDIR.value) / f"seed_{seed}"
         if not (workdir / "pretrain").exists():
             workdir.mkdir(parents=True, exist_ok=True)
             shutil.copytree(base, workdir / "pretrain")

@@ -2,7 +2,7 @@
 
     python -m experiments.preference --config=configs/preference_tiny.py --workdir=runs/tiny_dpo
 
-What the reference says of the responses is computed beside each step; with an adapter it is the
+What the reference says of the responses is computed before each step; with an adapter it is the
 policy without its factors and takes no memory.
 """
 
@@ -12,11 +12,11 @@ import jax
 
 from configs.schema import DirectPreferenceConfig
 from experiments import entry
+from experiments.feedback import load_comparisons
 from experiments.loading import Start, load_model, load_start
-from experiments.reward import splits_of
 from experiments.rewards import check_digests
 from experiments.run_flags import PROFILE, WORKDIR
-from llm.data.comparisons import ComparisonBatches, encode_feedback, load_feedback
+from llm.data.comparisons import ComparisonBatches, spread
 from llm.models.adapters import adapt_params
 from llm.models.transformer import Transformer, logical_axes, param_shapes
 from llm.parallel.mesh import make_mesh, start_distributed
@@ -43,14 +43,8 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
     mesh = make_mesh(config.mesh)
 
     # Data
-    encoded = {}
     pairs_only = config.preference.method != "kto"  # which learns from single thumbs, too
-    for name in splits_of(config):
-        found = load_feedback(config.comparisons, name, pairs_only=pairs_only)
-        length = config.comparisons.length_tokens
-        encoded[name], _ = encode_feedback(
-            found.records, start.tokenizer, length, pairs_only=pairs_only
-        )
+    encoded, told = load_comparisons(config, start.tokenizer, pairs_only=pairs_only)
     hosts = dict(host_index=jax.process_index(), host_count=jax.process_count())
     batches = ComparisonBatches(encoded["train"], config.comparisons, **hosts)
     total_steps = config.num_steps(len(batches.records))
@@ -65,7 +59,7 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
     )
     tiles = dict(tile_tokens=config.loss_tile_tokens)
     loss_fn = make_preference_loss(model, config.preference, **tiles)
-    add_reference = make_reference_step(models.reference, mesh, config.preference, **tiles)
+    add_reference = make_reference_step(model, models.reference, mesh, config.preference, **tiles)
 
     # State
     ema = config.optimizer.ema_decay is not None
@@ -91,6 +85,8 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
         tokens_per_step=config.tokens_per_step,
     )
     with jax.set_mesh(mesh), run:
+        for line in told:
+            run.say(line)
         start.tokenizer.save(run.workdir / "tokenizer")
         base, frozen = init_frozen(config, models, start, mesh, run)
         if base is not None:
@@ -103,18 +99,20 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
         # Loop
         while run.step < run.total_steps:
             reference = models.reference_params({"policy": state.params}, frozen)
-            batch = add_reference(reference, next(batches))
+            batch = add_reference(state.params, reference, next(batches))
             state, metrics = train_step(state, batch)
             state = run.after_step(state, metrics)
             if run.due(config.evaluate_every_steps) and "validation" in encoded:
                 totals: dict[str, float] = {}
+                held_out = spread(encoded["validation"], config.comparisons.max_responses)
                 for batch in ComparisonBatches(
-                    encoded["validation"], config.comparisons, one_pass=True, **hosts
+                    held_out, config.comparisons, one_pass=True, **hosts
                 ):
+                    params = averaged_params(state)
                     reference = models.reference_params({"policy": state.params}, frozen)
-                    batch = add_reference(reference, batch)
+                    batch = add_reference(params, reference, batch)
                     arrays = {name: x for name, x in batch.items() if name != "cursor"}
-                    sums = score(averaged_params(state), place_batch(arrays, mesh))
+                    sums = score(params, place_batch(arrays, mesh))
                     totals = {n: totals.get(n, 0.0) + float(x) for n, x in sums.items()}
                 write_evaluation(run, totals)
 

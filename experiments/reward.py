@@ -2,8 +2,9 @@
 
     python -m experiments.reward --config=configs/reward_tiny.py --workdir=runs/tiny_reward
 
-At the end scores are shifted and scaled to mean 0 and variance 1 over the responses it was trained
-on (scale.json), and held-out accuracy, calibration and accuracy by margin are written to
+At the end scores are shifted and scaled to mean 0 and variance 1 over all held-out responses, or
+those it was trained on where none are held out (scale.json); held-out accuracy, calibration and
+accuracy by the labels' margin, over all pairs of a prompt's responses, are written to
 preferences.json. experiments.rlhf takes the workdir as a reward.
 """
 
@@ -17,11 +18,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.schema import RewardModelConfig
 from experiments import entry
+from experiments.feedback import load_comparisons
 from experiments.loading import Start, load_start
 from experiments.rewards import SCALE
 from experiments.run_flags import PROFILE, WORKDIR
-from llm.data.comparisons import ComparisonBatches, EncodedFeedback, encode_feedback, load_feedback
-from llm.evaluation.preferences import PreferenceReport, pair_differences, report_preferences
+from llm.data.comparisons import ComparisonBatches, EncodedFeedback, spread
+from llm.evaluation.preferences import PreferenceReport, compare_pairs, report_preferences
 from llm.models.adapters import adapt_params
 from llm.models.scalar import ScalarModel
 from llm.models.transformer import logical_axes, param_shapes
@@ -51,15 +53,7 @@ def train_reward(config: RewardModelConfig, workdir: str) -> None:
 
     # Data
     pairs_only = config.tie_threshold == 0
-    feedback, encoded, cut = {}, {}, {}
-    for name in splits_of(config):
-        feedback[name] = load_feedback(config.comparisons, name, pairs_only=pairs_only)
-        encoded[name], cut[name] = encode_feedback(
-            feedback[name].records,
-            start.tokenizer,
-            config.comparisons.length_tokens,
-            pairs_only=pairs_only,
-        )
+    encoded, told = load_comparisons(config, start.tokenizer, pairs_only=pairs_only)
     hosts = dict(host_index=jax.process_index(), host_count=jax.process_count())
     batches = ComparisonBatches(encoded["train"], config.comparisons, **hosts)
     total_steps = config.num_steps(len(batches.records))
@@ -98,12 +92,8 @@ def train_reward(config: RewardModelConfig, workdir: str) -> None:
         tokens_per_step=config.tokens_per_step,
     )
     with jax.set_mesh(mesh), run:
-        for name, found in feedback.items():
-            run.say(
-                f"{name}: {len(found.records)} prompts with pairs; {found.num_without_pairs} "
-                f"without and {len(found.bad_rows)} bad rows left out, {found.num_repeated} repeats"
-                f" dropped; {len(cut[name])} lost what is longer than comparisons.length_tokens"
-            )
+        for line in told:
+            run.say(line)
         start.tokenizer.save(run.workdir / "tokenizer")
         state = init_state(
             model,
@@ -128,11 +118,6 @@ def train_reward(config: RewardModelConfig, workdir: str) -> None:
                 show(run, measure(score_step, params, encoded["validation"], config))
 
         finish(run, score_step, averaged_params(state), encoded, config)
-
-
-def splits_of(config) -> tuple[str, ...]:
-    """Return the splits of a stage's feedback that there are."""
-    return ("train", "validation") if config.comparisons.source.has_validation else ("train",)
 
 
 def init_params(start: Start, model: ScalarModel, seed: int) -> dict | None:
@@ -161,21 +146,26 @@ def make_score_step(model: ScalarModel, mesh: Mesh):
     return step
 
 
-def score_all(score_step, params: dict, records: list[EncodedFeedback], config) -> list[tuple]:
-    """Return (scores, levels, present) of one pass over records, a global batch each."""
-    found = []
-    for batch in ComparisonBatches(records, config.comparisons, one_pass=True):
-        found.append((score_step(params, batch), batch["levels"], batch["present"]))
-    return found
+def score_all(
+    score_step, params: dict, records: list[EncodedFeedback], config: RewardModelConfig
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the scores and the levels of all responses of each record, in the same order."""
+    pieces = spread(records, config.comparisons.max_responses)
+    scores, levels = [], []
+    for batch in ComparisonBatches(pieces, config.comparisons, one_pass=True):
+        scores.append(score_step(params, batch)[batch["present"]].astype(np.float64))
+        levels.append(batch["levels"][batch["present"]].astype(np.float64))
+    ends = np.cumsum([len(record.rows) for record in records])[:-1]
+    return np.split(np.concatenate(scores), ends), np.split(np.concatenate(levels), ends)
 
 
 def measure(
     score_step, params: dict, records: list[EncodedFeedback], config: RewardModelConfig
 ) -> PreferenceReport:
     """Return accuracy and calibration on held-out feedback."""
-    batches = score_all(score_step, params, records, config)
-    differences = np.concatenate([pair_differences(*batch) for batch in batches])
-    return report_preferences(differences, num_bins=config.calibration_bins)
+    scores, levels = score_all(score_step, params, records, config)
+    pairs = compare_pairs(scores, levels, [record.margin for record in records])
+    return report_preferences(*pairs, num_bins=config.calibration_bins)
 
 
 def show(run: Run, report: PreferenceReport) -> None:
@@ -197,8 +187,8 @@ def finish(
     run: Run, score_step, params: dict, encoded: dict[str, list], config: RewardModelConfig
 ) -> None:
     """Write what those need who use the scores: scale.json, and how far to trust them."""
-    batches = score_all(score_step, params, encoded["train"], config)
-    scores = np.concatenate([s[present] for s, _, present in batches]).astype(np.float64)
+    reference = encoded.get("validation") or encoded["train"]
+    scores = np.concatenate(score_all(score_step, params, reference, config)[0])
     scale = {"shift": float(scores.mean()), "scale": float(scores.std()) or 1.0}
     write_atomically(run.workdir / SCALE, json.dumps(scale, indent=2) + "\n")
     if "validation" in encoded:

@@ -19,6 +19,8 @@ from experiments.reward import REPORT, train_reward
 from experiments.rewards import load_reward
 from experiments.rlhf import rlhf
 from experiments.stages import Stages
+from llm.data.config import SourceConfig
+from llm.data.rows import tell_rows
 from llm.evaluation.judge import Judge, distinct_n, labelled_texts
 from llm.generation.config import SamplingConfig
 from llm.generation.generator import Completion, Generator
@@ -54,13 +56,13 @@ def align(config: SpeedrunConfig, workdir: epath.Path, stages: Stages) -> dict[s
 
 def make_judge(config: SpeedrunConfig) -> Judge:
     """Return the judge, fitted anew: a second's work."""
-    texts, labels = labelled_texts(config.judge.training, config.judge.label_field)
+    texts, labels = _labelled(config, config.judge.training)
     return Judge(texts, labels, by_characters=config.judge.by_characters)
 
 
 def judge_real_texts(config: SpeedrunConfig, judge: Judge) -> dict[str, float]:
     """Return how often the judge agrees with the labels of real responses it has not seen."""
-    texts, labels = labelled_texts(config.judge.asked, config.judge.label_field)
+    texts, labels = _labelled(config, config.judge.asked)
     return {"agreement": judge.agreement(texts, labels), "texts": len(texts)}
 
 
@@ -109,7 +111,7 @@ def respond(config: SpeedrunConfig, loaded, prompts: list[Prompt]) -> list[Compl
     sampling = SamplingConfig(rollout.response_tokens, temperature=rollout.temperature)
     model = Transformer(loaded.config, config.pretrain.compute)
     generator = Generator(model, loaded.tokenizer, sampling)
-    params, key = jax.device_put(loaded.params), jax.random.key(config.pretrain.seed)
+    params, key = jax.device_put(loaded.params), jax.random.key(config.judge.seed)
     return generator.complete(params, [prompt.tokens for prompt in prompts], key)
 
 
@@ -121,6 +123,13 @@ def reward_curve(workdir: epath.Path) -> list[dict[str, float]]:
         for row in read_metrics(workdir / "ppo")
         if all(name in row for name in names)
     ]
+
+
+def _labelled(config: SpeedrunConfig, source: SourceConfig) -> tuple[list[str], list[str]]:
+    found = labelled_texts(source, config.judge.label_field)
+    if found.bad_rows:
+        print(f"judge: {tell_rows(found.bad_rows, 'bad rows left out')}")
+    return found.texts, found.labels
 
 
 def _improve(config: SpeedrunConfig, workdir: epath.Path, judge: Judge) -> None:

@@ -3,149 +3,17 @@ One integer is the whole state, as in `loader`."""
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from llm.data.builders.grouping import hash_fraction
 from llm.data.config import ComparisonsConfig
-from llm.data.feedback import Feedback, from_row, join
-from llm.data.feedback_rows import FeedbackError
+from llm.data.conversations import Messages
+from llm.data.feedback import Feedback
 from llm.data.loader import MAX_CURSOR, Batch, local_sequences
 from llm.data.packing import permutation
-from llm.data.rows import BadRow, Row, SourceError, nearest
-from llm.data.shard_writer import BadRowsError
-from llm.data.sources import Source, Split, describe, open_source
 from llm.data.tokenizers import Tokenizer
-
-# All fields that the kinds of feedback have.
-_FIELDS = (
-    "prompt", "instruction", "chosen", "rejected", "margin", "responses", "response", "ranks",
-    "ranking", "ratings", "rating", "completions", "completion", "labels", "label", "edited",
-    "edit", "correction",
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class FeedbackSet:
-    """The feedback of one split, and what was left out of it."""
-
-    records: tuple[Feedback, ...]
-    bad_rows: tuple[BadRow, ...]
-    num_repeated: int
-    num_without_pairs: int  # one response, or all levels equal: nothing to compare
-
-
-def load_feedback(
-    config: ComparisonsConfig, split: Split = "train", *, pairs_only: bool = True
-) -> FeedbackSet:
-    """Return the feedback of a split: each prompt is on one side, and repeats are dropped.
-
-    Ratings of one prompt are put together, whichever rows they came in, and so are thumbs; rows of
-    these that say the same again count as more votes, not as repeats. The source's system message
-    goes before prompts that have none.
-
-    Args:
-      pairs_only: leave out records without a better and a worse response. KTO can learn from them,
-        and a loss that knows ties from those.
-
-    Raises:
-      BadRowsError: more than config.max_bad_rows rows are bad.
-      SourceError: the source cannot be read, or not split or renamed as the config says.
-      ValueError: nothing is left that could be learnt from.
-    """
-    source = open_source(config.source, split, config.cache_dir)
-    _check_source(config, source)
-    parts: dict[tuple[str, str], list[Feedback]] = {}
-    whole: dict[tuple, Feedback] = {}
-    bad_rows: list[BadRow] = []
-    num_whole = 0
-    for record in _read(config, source):
-        if isinstance(record, BadRow):
-            bad_rows.append(record)
-            _check_bad_rows(config, bad_rows)
-        elif not _is_on_this_side(record, config, source.held_out):
-            continue
-        elif record.kind in ("rating", "thumbs"):
-            parts.setdefault((record.group, record.kind), []).append(record)
-        else:
-            whole.setdefault((record.group, record.responses, record.levels), record)
-            num_whole += 1
-    records = (*whole.values(), *map(join, parts.values()))
-    paired = tuple(record for record in records if record.num_pairs)
-    kept = paired if pairs_only else records
-    if not kept:
-        raise ValueError(
-            f"{split} feedback of {describe(config.source)}: of {len(records)} records none has a "
-            f"better and a worse response, and {len(bad_rows)} rows are bad; see the source's "
-            f"paths, split and validation_fraction={config.source.validation_fraction}"
-        )
-    repeated, without = num_whole - len(whole), len(records) - len(paired)
-    return FeedbackSet(kept, tuple(bad_rows), repeated, without)
-
-
-def _read(config: ComparisonsConfig, source: Source) -> Iterator[Feedback | BadRow]:
-    names = (*(config.field_names.get(ours, ours) for ours in _FIELDS), *config.source.kept_fields)
-    for shard in source.shards():
-        for row in source.rows(shard, tuple(dict.fromkeys(names))):
-            yield row if isinstance(row, BadRow) else _record(row, config)
-
-
-def _record(row: Row, config: ComparisonsConfig) -> Feedback | BadRow:
-    try:
-        fields = _renamed(row.fields, config.field_names)
-        record = from_row(fields, config.kind, f"{row.source}:{row.row}")
-    except FeedbackError as error:
-        return BadRow(row.source, row.row, str(error))
-    system = config.source.system_message
-    if system and record.prompt[0]["role"] != "system":
-        prompt = ({"role": "system", "content": system}, *record.prompt)
-        record = dataclasses.replace(record, prompt=prompt)
-    return record
-
-
-def _renamed(fields: Mapping[str, Any], theirs: Mapping[str, str]) -> dict[str, Any]:
-    """Return a row with our names; a field whose name another one takes gives way."""
-    ours = {name: our for our, name in theirs.items()}
-    return {
-        ours.get(name, name): value
-        for name, value in fields.items()
-        if name in ours or name not in theirs
-    }
-
-
-def _check_source(config: ComparisonsConfig, source: Source) -> None:
-    """See, before anything is read, that what the config says has an effect."""
-    for ours in config.field_names:
-        if ours not in _FIELDS:
-            raise SourceError(
-                f"comparisons.field_names has {ours!r}, which is no field of feedback"
-                f"{nearest(ours, _FIELDS)}; the fields are {', '.join(_FIELDS)}"
-            )
-    source.reader.check(tuple(config.field_names.values()))
-    if config.source.group_field and source.held_out is not None:
-        raise SourceError(
-            f"comparisons.source.group_field is {config.source.group_field!r}, but feedback is "
-            "held out by prompts: leave it empty, or name a validation_split or validation_paths"
-        )
-
-
-def _check_bad_rows(config: ComparisonsConfig, bad_rows: Sequence[BadRow]) -> None:
-    if len(bad_rows) > config.max_bad_rows:
-        first = "; ".join(f"{row.source}:{row.row} {row.reason}" for row in bad_rows[:3])
-        raise BadRowsError(
-            f"feedback of {describe(config.source)} has more than comparisons.max_bad_rows="
-            f"{config.max_bad_rows} bad rows, the first: {first}. Mend the data, rename fields "
-            "with comparisons.field_names, or raise comparisons.max_bad_rows"
-        )
-
-
-def _is_on_this_side(record: Feedback, config: ComparisonsConfig, held_out: bool | None) -> bool:
-    if held_out is None:
-        return True
-    return (hash_fraction(record.group) < config.source.validation_fraction) == held_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,18 +36,16 @@ def encode_feedback(
 ) -> tuple[list[EncodedFeedback], list[str]]:
     """Return records as tokens, and the ids of those that lost what did not fit: all or a part.
 
-    An answer is what a sampler would add to the prompt, up to the end token: what a template puts
-    behind that is left off. With `pairs_only`, records without a pair (any more) are left out.
+    With `pairs_only`, records without a pair (any more) are left out.
 
     Raises:
       ValueError: the chat template renders a prompt otherwise before its answer.
     """
     encoded, cut = [], []
     for record in records:
-        prompt = tokenizer.encode_chat(record.prompt, add_generation_prompt=True)
+        answers = encode_answers(record.prompt, record.responses, tokenizer, record.id)
         kept = []
-        for response, level in zip(record.responses, record.levels, strict=True):
-            row, start = _encode_answer(record, prompt, response, tokenizer)
+        for (row, start), level in zip(answers, record.levels, strict=True):
             if len(row) <= length_tokens:
                 kept.append((np.array(row, np.int32), start, level))
         if len(kept) < len(record.responses):
@@ -190,21 +56,35 @@ def encode_feedback(
     return encoded, cut
 
 
+def encode_answers(
+    prompt: Messages, responses: Sequence[str], tokenizer: Tokenizer, identity: str
+) -> list[tuple[list[int], int]]:
+    """Return, for each response, the tokens of prompt and answer and where the answer's begin.
+
+    An answer is what a sampler would add to the prompt, up to the end token: what a template puts
+    behind that is left off. Losses and rewards both read these rows.
+
+    Raises:
+      ValueError: the chat template renders the prompt, called `identity`, otherwise before answers.
+    """
+    before = tokenizer.encode_chat(prompt, add_generation_prompt=True)
+    return [_encode_answer(prompt, before, each, tokenizer, identity) for each in responses]
+
+
 def _encode_answer(
-    record: Feedback, prompt: list[int], response: str, tokenizer: Tokenizer
+    prompt: Messages, before: list[int], response: str, tokenizer: Tokenizer, identity: str
 ) -> tuple[list[int], int]:
-    """Return the tokens of prompt and answer, and where the answer's begin."""
-    messages = [*record.prompt, {"role": "assistant", "content": response}]
-    row, start = tokenizer.encode_chat(messages), len(prompt)
-    if row[:start] != prompt:
-        before = tokenizer.render_chat(record.prompt, add_generation_prompt=True)
-        if not tokenizer.render_chat(messages).startswith(before):
+    messages = [*prompt, {"role": "assistant", "content": response}]
+    row, start = tokenizer.encode_chat(messages), len(before)
+    if row[:start] != before:
+        asked = tokenizer.render_chat(prompt, add_generation_prompt=True)
+        if not tokenizer.render_chat(messages).startswith(asked):
             raise ValueError(
-                f"{record.id}: the chat template renders this prompt otherwise when an answer "
+                f"{identity}: the chat template renders this prompt otherwise when an answer "
                 "follows, so that answers cannot be told apart; use another template"
             )
         # The prompt's last characters and the answer's first became one token: it is the answer's.
-        same = (ours == theirs for ours, theirs in zip(prompt, row, strict=False))
+        same = (ours == theirs for ours, theirs in zip(before, row, strict=False))
         start = next((place for place, is_same in enumerate(same) if not is_same), len(row))
     answer = row[start:]
     if tokenizer.eos_id in answer:
@@ -215,6 +95,23 @@ def _encode_answer(
     return row, start
 
 
+def spread(records: Sequence[EncodedFeedback], slots: int, seed: int = 0) -> list[EncodedFeedback]:
+    """Return records of at most `slots` responses each, which hold all responses, in order.
+
+    Of many responses `ComparisonBatches` takes the best and the worst, which are easier to tell
+    apart than others: held-out figures are to see them all. A record's responses are shuffled,
+    since rankings list like beside like.
+    """
+    pieces = []
+    for index, record in enumerate(records):
+        order = permutation(len(record.rows), "spread", seed, index)
+        for part in np.array_split(order, -(-len(order) // slots)):
+            kept = ((record.rows[i], record.starts[i], record.levels[i]) for i in part.tolist())
+            rows, starts, levels = zip(*kept, strict=True)
+            pieces.append(dataclasses.replace(record, rows=rows, starts=starts, levels=levels))
+    return pieces
+
+
 class ComparisonBatches(Iterator[Batch]):
     """Batches of G prompts with K slots for responses of T tokens; endless, or of one pass.
 
@@ -222,7 +119,8 @@ class ComparisonBatches(Iterator[Batch]):
     [G, K·T], the slots side by side so that axis 0 is the one to split; `levels` float32 and
     `present` bool [G, K]; `margins` float32 [G]; `cursor` uint32: prompts that all hosts consumed.
     Thumbs are levels of 1 and 0: KTO needs no other batches. The order is a function of seed and
-    epoch; the last batch of one pass is filled up with rows without responses.
+    epoch; one pass keeps the records' own, and its last batch is filled up with rows without
+    responses.
     """
 
     def __init__(
@@ -245,6 +143,7 @@ class ComparisonBatches(Iterator[Batch]):
             )
         self.records = records
         self._config = config
+        self._one_pass = one_pass
         self._end = len(records) if one_pass else MAX_CURSOR
         self._local = local_sequences(config.batch_prompts, host_index, host_count)
         self._host_index = host_index
@@ -274,6 +173,8 @@ class ComparisonBatches(Iterator[Batch]):
         """Nothing to stop; as `loader.Batches` has it."""
 
     def _epoch_order(self, epoch: int) -> Int64[np.ndarray, " records"]:
+        if self._one_pass:
+            return np.arange(len(self.records))
         return permutation(len(self.records), "comparisons", self._config.seed, epoch)
 
     def _empty(self) -> Batch:

@@ -30,6 +30,9 @@ class BadRow:
     row: int
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.source}:{self.row} {self.reason}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -76,6 +79,15 @@ def unknown_field(where: str, field: str, known: Sequence[str]) -> SourceError:
     return SourceError(
         f"{where} has no field {field!r}; it has {', '.join(known)}: set the source's …_field"
     )
+
+
+def tell_rows(rows: Sequence[BadRow | str], what: str, limit: int = 3) -> str:
+    """Return "5 bad rows left out: a.jsonl:2 no field 'text'; …": how many, and the first of them.
+
+    `rows` are bad rows, or ids of rows ("file:row") where `what` says the reason.
+    """
+    named = [str(row) for row in rows[:limit]] + ["…"] * (len(rows) > limit)
+    return f"{len(rows)} {what}" + (f": {'; '.join(named)}" if named else "")
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

@@ -222,7 +222,7 @@ def _load_held_out(path: pathlib.Path | None) -> HeldOutSample | None:
 def check_bad_rows(name: str, bad_rows: Sequence[BadRow], max_bad_rows: int) -> None:
     """Raise a BadRowsError that names the first rows, if there are too many."""
     if len(bad_rows) > max_bad_rows:
-        first = "; ".join(f"{row.source}:{row.row} {row.reason}" for row in bad_rows[:3])
+        first = "; ".join(map(str, bad_rows[:3]))
         raise BadRowsError(
             f"source {name!r} has more than data.max_bad_rows={max_bad_rows} bad rows, the first: "
             f"{first}. Mend the data, or raise data.max_bad_rows"

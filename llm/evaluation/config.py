@@ -16,6 +16,7 @@ class JudgeConfig:
     label_field: str = "label"
     by_characters: bool = False  # n-grams of characters, for scripts without spaces
     num_responses: int = 512  # to be judged, of each policy
+    seed: int = 0  # of their sampling
 
     def __post_init__(self):
         if self.num_responses < 1:

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from llm.data.config import SourceConfig
-from llm.data.rows import BadRow
-from llm.data.sources import open_source
+from llm.data.rows import BadRow, tell_rows
+from llm.data.sources import describe, open_source
 from llm.data.text_classifier import make_text_classifier
 
 
@@ -27,9 +28,15 @@ class Judge:
         return float(np.mean([a == b for a, b in zip(self(texts), labels, strict=True)]))
 
 
-def labelled_texts(
-    config: SourceConfig, label_field: str, cache_dir: str = ""
-) -> tuple[list[str], list[str]]:
+class LabelledTexts(NamedTuple):
+    """Texts with their labels, and the rows that had none."""
+
+    texts: list[str]
+    labels: list[str]
+    bad_rows: list[BadRow]
+
+
+def labelled_texts(config: SourceConfig, label_field: str, cache_dir: str = "") -> LabelledTexts:
     """Return texts, or last answers of conversations, with their labels.
 
     Raises:
@@ -37,19 +44,25 @@ def labelled_texts(
     """
     config = dataclasses.replace(config, kept_fields=(*config.kept_fields, label_field))
     source = open_source(config, "train", cache_dir)
-    texts, labels = [], []
+    texts, labels, bad_rows = [], [], []
     for shard in source.shards():
         for document in source.read(shard):
             if isinstance(document, BadRow):
+                bad_rows.append(document)
                 continue
-            label = document.fields[label_field]
+            label = document.fields.get(label_field)
+            if label is None:
+                name, _, row = document.id.rpartition(":")
+                bad_rows.append(BadRow(name, int(row), f"no field {label_field!r}"))
+                continue
             texts.append(document.messages[-1]["content"] if document.messages else document.text)
             labels.append(label.decode() if isinstance(label, bytes) else str(label))
     if not texts:
         raise ValueError(
-            f"{config.name or config.paths} has no row with a text and {label_field!r}"
+            f"{describe(config)} has no row with a text and {label_field!r}; "
+            + tell_rows(bad_rows, "bad rows")
         )
-    return texts, labels
+    return LabelledTexts(texts, labels, bad_rows)
 
 
 def distinct_n(responses: Iterable[Sequence[int]], n: int) -> float:

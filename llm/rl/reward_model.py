@@ -1,15 +1,20 @@
 """A reward model as a plain reward function of texts. Third floor."""
 
+import logging
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from llm.data.comparisons import encode_answers
+from llm.data.rows import tell_rows
 from llm.data.tokenizers import Tokenizer
 from llm.generation.prompts import bucket_length
 from llm.models.scalar import ScalarModel, at_last_token
 from llm.rl.prompts import Prompt
 from llm.rl.rewards import RewardFn
+
+log = logging.getLogger(__name__)
 
 
 def make_model_reward(
@@ -23,9 +28,11 @@ def make_model_reward(
 ) -> RewardFn:
     """Return the reward (score − shift) / scale of each response as an assistant's turn.
 
-    Texts are encoded anew, by the reward model's own tokenizer, so that it reads what it was
-    trained on whatever tokens the policy made them of. Few shapes are compiled: lengths are
-    bucketed and batches filled up.
+    Texts are encoded anew, by the reward model's own tokenizer and as in its training, so that it
+    reads what it was trained on whatever tokens the policy made them of. Few shapes are compiled:
+    lengths are bucketed and batches filled up. The function raises a ValueError for a prompt that
+    leaves no room for a response; a row that is longer than the model's window loses its beginning,
+    since the score is read at the end, and is named in the log.
     """
     params = jax.device_put(params)
     length_limit = model.config.max_length_tokens
@@ -36,12 +43,7 @@ def make_model_reward(
         return at_last_token(values, segment_ids)
 
     def reward(prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
-        rows = [
-            tokenizer.encode_chat([*p.messages, {"role": "assistant", "content": response}])
-            for p, response in zip(prompts, responses, strict=True)
-        ]
-        # What does not fit loses its beginning: the score is read at the end.
-        rows = [row[-length_limit:] for row in rows]
+        rows = _encode(prompts, responses, tokenizer, length_limit)
         width = min(bucket_length(max(map(len, rows))), length_limit)
         found = []
         for start in range(0, len(rows), batch_responses):
@@ -54,3 +56,24 @@ def make_model_reward(
         return (np.concatenate(found) - shift) / scale
 
     return reward
+
+
+def _encode(
+    prompts: Sequence[Prompt], responses: Sequence[str], tokenizer: Tokenizer, limit: int
+) -> list[list[int]]:
+    """Return prompts and responses as rows of at most `limit` tokens."""
+    rows, cut = [], []
+    for prompt, response in zip(prompts, responses, strict=True):
+        ((row, start),) = encode_answers(prompt.messages, [response], tokenizer, prompt.id)
+        if start >= limit:
+            raise ValueError(
+                f"{prompt.id}: the prompt alone has {start} tokens for the reward model, whose "
+                f"window is {limit}; leave it out, or train a reward model of a longer window"
+            )
+        if len(row) > limit:
+            cut.append(f"{prompt.id} ({len(row)} tokens)")
+        rows.append(row[-limit:])
+    if cut:
+        what = f"responses scored without the beginning of their prompt, the window being {limit}"
+        log.warning(tell_rows(cut, what))
+    return rows

@@ -93,20 +93,55 @@ def pattern_reward(pattern: str) -> RewardFn:
 
 
 def reasoning_gym_reward(name: str) -> RewardFn:
-    """Return the score of reasoning-gym's own checker, 0 to 1; rows hold its entries."""
+    """Return the score of reasoning-gym's own checker, 0 to 1; rows hold its entries.
+
+    The prompts' source keeps the fields `answer` and `metadata`. What a response says in the last
+    <answer> … </answer> is checked, or all of it where there is none. The sets arc_agi and rearc
+    compare tuples, which JSON does not have: their rows are refused.
+    """
     try:
         import reasoning_gym
+        from reasoning_gym.utils import extract_answer
     except ImportError as error:
         raise ValueError("a reward of kind 'reasoning_gym': pip install reasoning-gym") from error
-    check = reasoning_gym.get_score_answer_fn(name)
+    try:
+        check = reasoning_gym.get_score_answer_fn(name)
+    except ValueError as error:
+        raise ValueError(
+            f"rewards: path {name!r} names no set of reasoning-gym: {error}"
+        ) from error
+    sound: set[str] = set()  # ids of rows whose own answer is right by the checker
 
     def reward(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        return [
-            float(check(response, dict(prompt.fields)))
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        scores = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            entry = {field: _answer(prompt, field) for field in ("answer", "metadata")}
+            if prompt.id not in sound:
+                _check_entry(check, entry, prompt.id, name)
+                sound.add(prompt.id)
+            try:
+                found = extract_answer(response)
+                scores.append(float(check(response.strip() if found is None else found, entry)))
+            except Exception:  # prime_factorization's fails on what is no number
+                scores.append(0.0)
+        return scores
 
     return reward
+
+
+def _check_entry(check: Callable, entry: Mapping, identity: str, name: str) -> None:
+    """Raise a RewardError unless the checker finds a row's own answer right."""
+    if entry["answer"] is None:  # of puzzles with many solutions
+        return
+    try:
+        found = check(entry["answer"], entry)
+    except Exception as error:
+        found = f"{type(error).__name__} ({error})"
+    if found != 1:
+        raise RewardError(
+            f"{identity}: reasoning-gym's checker for {name!r} gives {found} to the row's own "
+            "answer, not 1: the row is of another set, or did not come through its file unchanged"
+        )
 
 
 def import_reward(path: str) -> RewardFn:

@@ -66,6 +66,9 @@ class PreferenceConfig:
     label_smoothing: float = 0.0  # dpo's share of labels taken to be wrong
     simpo_margin: float = 0.5
     desirable_level: float = 0.5  # kto: from this level on a response is a good one
+    # kto's λ_D and λ_U, of good and bad responses: to balance them where one kind is rarer.
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
     @property
     def needs_reference(self) -> bool:
@@ -75,6 +78,9 @@ class PreferenceConfig:
     def __post_init__(self):
         if self.beta <= 0:
             raise ValueError(f"preference.beta={self.beta}: must be positive")
+        for name in ("desirable_weight", "undesirable_weight"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"preference.{name}={getattr(self, name)}: must be positive")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(
                 f"preference.label_smoothing={self.label_smoothing}: must be in [0, 0.5)"

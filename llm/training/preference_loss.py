@@ -6,8 +6,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from llm.data.loader import Batch as HostBatch
 from llm.models.scalar import ScalarModel, at_last_token
 from llm.models.transformer import Transformer, head_params
 from llm.objectives.cross_entropy import cut_tiles, join_tiles, num_tiles
@@ -104,32 +105,40 @@ def response_log_prob_sums(
 
 
 def make_reference_step(
-    reference: Transformer, mesh: Mesh, config: PreferenceConfig, *, tile_tokens: int = 4096
-) -> Callable[[dict, Batch], Batch]:
-    """Return (reference's parameters, batch) → the batch with what the reference says of it.
+    model: Transformer,
+    reference: Transformer,
+    mesh: Mesh,
+    config: PreferenceConfig,
+    *,
+    tile_tokens: int = 4096,
+) -> Callable[[dict, dict, HostBatch], HostBatch]:
+    """Return (policy's parameters, reference's, batch) → the batch with what its loss needs beside.
 
-    `reference_log_probs` and, for KTO, `reference_mismatched`, both [G K]: the train step needs
-    no second model then.
+    `reference_log_probs` [G K]: the train step needs no second model then. For KTO `mismatched_kl`
+    [G] too, the mean log-ratio of responses to prompts that are not theirs, the same in each row:
+    it is of the whole batch, into however many parts the train step cuts it.
     """
 
-    @jax.jit
-    def look(params, batch):
-        rows, shape = slot_rows(batch), batch["levels"].shape
-        found = {"reference_log_probs": rows}
-        if config.method == "kto":
-            found["reference_mismatched"] = mismatched(rows)
-        return {
-            name: response_log_prob_sums(reference, params, part, tile_tokens=tile_tokens).reshape(
-                shape
-            )
-            for name, part in found.items()
-        }
+    def log_probs(module: Transformer, params: dict, rows: Batch) -> Float[Array, " B"]:
+        return response_log_prob_sums(module, params, rows, tile_tokens=tile_tokens)
 
-    def step(params: dict, batch: Batch) -> Batch:
+    @jax.jit
+    def look(params, reference_params, batch):
+        shape = batch["levels"].shape
+        theirs = log_probs(reference, reference_params, slot_rows(batch))
+        found = {"reference_log_probs": theirs.reshape(shape)}
+        if config.method == "kto":
+            rows, real = mismatched(batch)
+            ratios = log_probs(model, params, rows) - log_probs(reference, reference_params, rows)
+            mean = jnp.sum(jnp.where(real, ratios, 0.0)) / jnp.maximum(jnp.sum(real), 1)
+            found["mismatched_kl"] = jnp.full(shape[0], mean)
+        return found
+
+    def step(params: dict, reference_params: dict, batch: HostBatch) -> HostBatch:
         if not config.needs_reference:
             return batch
         arrays = {name: x for name, x in batch.items() if name != "cursor"}
-        found = look(params, place_batch(arrays, mesh))
+        found = look(params, reference_params, place_batch(arrays, mesh))
         return batch | {name: local_rows(x) for name, x in found.items()}
 
     return step
@@ -141,24 +150,21 @@ def make_preference_loss(
     """Return a direct preference loss, counted in "prompts"; each prompt's pairs weigh alike.
 
     Batches bear what `make_reference_step` adds. Sums: loss, accuracy of the implicit rewards, and
-    their margin.
+    their margin, over pairs.
     """
-
-    def log_probs_of(params, rows: Batch) -> Float[Array, " B"]:
-        return response_log_prob_sums(model, params, rows, tile_tokens=tile_tokens)
 
     def loss_fn(params, batch, key):
         del key
         rows, shape = slot_rows(batch), batch["levels"].shape
         tokens = jnp.maximum(jnp.sum(rows["response_mask"], axis=1), 1.0).reshape(shape)
-        policy = log_probs_of(params, rows).reshape(shape)
+        policy = response_log_prob_sums(model, params, rows, tile_tokens=tile_tokens)
+        policy = policy.reshape(shape)
         theirs = batch.get("reference_log_probs", jnp.zeros(shape))
         wins, _ = pairs_of(batch["levels"], batch["present"])
         per_prompt = jnp.sum(wins, axis=(1, 2))
         weights = wins / jnp.maximum(per_prompt, 1)[:, None, None]
         if config.method == "kto":
-            ours = log_probs_of(jax.lax.stop_gradient(params), mismatched(rows)).reshape(shape)
-            objective, prompts = _kto(policy, theirs, ours, batch, config)
+            objective, prompts = _kto(policy, theirs, batch, config)
         else:
             losses = _pair_losses(policy, theirs, tokens, wins.shape, config)
             objective = jnp.sum(jnp.where(wins, losses, 0.0) * weights)
@@ -177,18 +183,19 @@ def make_preference_loss(
 
 
 def _kto(
-    policy: Slots, theirs: Slots, mismatched_ours: Slots, batch: Batch, config: PreferenceConfig
+    policy: Slots, theirs: Slots, batch: Batch, config: PreferenceConfig
 ) -> tuple[Float[Array, ""], Array]:
     """Return KTO's loss, the mean of each prompt's responses summed, and the number of prompts."""
     present = batch["present"]
-    log_ratio = jnp.where(present, mismatched_ours - batch["reference_mismatched"], 0.0)
     losses = kto_loss(
         policy.reshape(-1),
         theirs.reshape(-1),
         (batch["levels"] >= config.desirable_level).reshape(-1),
         present.reshape(-1),
-        jnp.sum(log_ratio) / jnp.maximum(jnp.sum(present), 1),
+        batch["mismatched_kl"][0],
         beta=config.beta,
+        desirable_weight=config.desirable_weight,
+        undesirable_weight=config.undesirable_weight,
     ).reshape(present.shape)
     count = jnp.sum(present, axis=1)
     return jnp.sum(jnp.sum(losses, axis=1) / jnp.maximum(count, 1)), jnp.sum(count > 0)
@@ -221,25 +228,50 @@ def _pair_losses(
     return losses.reshape(shape)
 
 
-def mismatched(rows: Batch) -> Batch:
-    """Return each row's prompt with the response of the next row (KTO's estimate of divergence).
+def mismatched(batch: Batch) -> tuple[Batch, Bool[Array, " B"]]:
+    """Return each response's prompt with a response to another, as rows, and which rows have one.
 
-    Rows must be padded on the right. What does not fit is cut; rows without a response have none.
+    Rows must be padded on the right. What does not fit is cut; absent responses have none.
     """
+    rows = slot_rows(batch)
+    donors, real = _donors(rows, batch["present"])
     tokens, mask = rows["tokens"], rows["response_mask"]
     length = tokens.shape[1]
     starts = jnp.argmax(mask, axis=1)
     counts = jnp.sum(mask, axis=1).astype(jnp.int32)
     index = jnp.arange(length)
     place = index - starts[:, None]  # of the response's token
-    theirs = jnp.clip(place + jnp.roll(starts, -1)[:, None], 0, length - 1)
-    response = jnp.take_along_axis(jnp.roll(tokens, -1, axis=0), theirs, axis=1)
-    is_response: Bool[Array, "B T"] = (place >= 0) & (place < jnp.roll(counts, -1)[:, None])
-    is_response &= (counts > 0)[:, None]
-    is_prompt = (place < 0) & (rows["segment_ids"] > 0) & (counts > 0)[:, None]
-    return {
+    theirs = jnp.clip(place + starts[donors][:, None], 0, length - 1)
+    response = jnp.take_along_axis(tokens[donors], theirs, axis=1)
+    is_response = real[:, None] & (place >= 0) & (place < counts[donors][:, None])
+    is_prompt = real[:, None] & (place < 0) & (rows["segment_ids"] > 0)
+    mismatched_rows = {
         "tokens": jnp.where(is_response, response, jnp.where(is_prompt, tokens, 0)),
         "segment_ids": (is_prompt | is_response).astype(jnp.int32),
         "positions": jnp.broadcast_to(index, tokens.shape),
         "response_mask": is_response.astype(jnp.float32),
     }
+    return mismatched_rows, real
+
+
+def _donors(rows: Batch, present: Bool[Array, "G K"]) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
+    """Return whose response each row's prompt is to get, and which rows get one.
+
+    It is of the next prompt in the batch that is answered and another text; its responses take
+    turns.
+    """
+    num_prompts, slots = present.shape
+    is_prompt = (rows["segment_ids"] > 0) & (rows["response_mask"] == 0)
+    texts = jnp.where(is_prompt, rows["tokens"], -1).reshape(num_prompts, slots, -1)
+    first = jnp.argmax(present, axis=1)
+    text = jnp.take_along_axis(texts, first[:, None, None], axis=1)[:, 0]
+    count = jnp.sum(present, axis=1)
+    other = (count > 0) & jnp.any(text[:, None] != text[None], axis=-1)
+    index = jnp.arange(num_prompts)
+    distance = (index - index[:, None]) % num_prompts
+    chosen = jnp.argmin(jnp.where(other, distance, num_prompts), axis=1)
+    turn = jnp.arange(slots) % jnp.maximum(count[chosen], 1)[:, None]
+    in_order = jnp.argsort(~present, axis=1)  # stable: slots with a response first
+    slot = jnp.take_along_axis(in_order[chosen], turn, axis=1)
+    real = present & jnp.any(other, axis=1, keepdims=True)
+    return (chosen[:, None] * slots + slot).reshape(-1), real.reshape(-1)

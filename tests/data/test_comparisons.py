@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from llm.data.comparisons import ComparisonBatches, encode_feedback
+from llm.data.comparisons import ComparisonBatches, encode_feedback, spread
 from llm.data.config import ComparisonsConfig
 from llm.data.feedback import Feedback, from_row
 from llm.data.tokenizer_training import byte_tokenizer, train_tokenizer
@@ -290,6 +290,25 @@ def test_one_pass_ends_with_padding_and_can_be_sought(encoded):
     assert all(not array[3].any() for name, array in found[-1].items() if name != "cursor")
     batches.seek(12)
     assert_same(list(batches), found[3:])
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_spread_out_records_show_every_response_once(encoded, slots):
+    """In one pass, in the records' own order, whatever is best or worst."""
+    pieces = spread(encoded, slots)
+    config = batching(max_responses=slots)
+    found = {}
+    for batch in ComparisonBatches(pieces, config, one_pass=True):
+        for prompt, said, level in itertools.chain.from_iterable(responses_of(batch)):
+            found.setdefault(prompt, []).append((said, level))
+    assert list(found) == [f"p{i:02}" for i in range(23)]
+    for i, responses in enumerate(found.values()):
+        count = 2 + i % 5
+        expected = [(f"{'abcdef'[n]}{i:02}", float(count - n)) for n in range(count)]
+        assert sorted(responses) == expected
+    # Not like beside like: two of six are any two.
+    drawn = {frozenset(piece.levels) for piece in pieces if len(piece.levels) == slots}
+    assert len(drawn) > 6
 
 
 def test_thumbs_are_levels_of_one_and_zero():

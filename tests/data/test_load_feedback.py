@@ -6,9 +6,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from llm.data.comparisons import load_feedback
 from llm.data.config import ComparisonsConfig, SourceConfig
-from llm.data.rows import SourceError
+from llm.data.feedback_source import load_feedback
+from llm.data.rows import BadRow, SourceError, tell_rows
 from llm.data.shard_writer import BadRowsError
 
 
@@ -137,3 +137,12 @@ def test_parquet_gives_the_same_records_as_json(tmp_path):
         (r.prompt, r.responses, r.levels, r.details) for r in in_parquet.records
     ]
     assert [record.details["by"] for record in in_parquet.records] == ["x", "y"]
+
+
+def test_left_out_rows_are_counted_and_the_first_named():
+    rows = [BadRow("a.jsonl", row, "empty text") for row in (2, 5, 7, 9)]
+    assert tell_rows(rows, "bad rows left out") == (
+        "4 bad rows left out: a.jsonl:2 empty text; a.jsonl:5 empty text; a.jsonl:7 empty text; …"
+    )
+    assert tell_rows(["a.jsonl:2"], "too long") == "1 too long: a.jsonl:2"
+    assert tell_rows([], "too long") == "0 too long"

@@ -3,8 +3,10 @@
 Each is also broken off in the middle and gone on with, and ends bitwise where the unbroken one did.
 """
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,12 +15,18 @@ import numpy as np
 import pytest
 from etils import epath
 
+from configs.command_line import load_config
 from configs.schema import RlhfConfig
-from experiments.rewards import load_reward, load_value_start, weight_of
+from experiments.loading import load_model_config
+from experiments.rewards import load_reward, load_rewards, load_value_start, weight_of
+from llm.data.tokenizer_training import byte_tokenizer, train_tokenizer
+from llm.data.tokenizers import load_tokenizer
+from llm.models.config import ComputeConfig
 from llm.models.scalar import ScalarModel
 from llm.models.transformer import Transformer
 from llm.rl.config import RewardConfig
 from llm.rl.models import Models
+from llm.rl.prompts import Prompt
 from llm.training.loading import load_params
 from llm.training.manifests import read_manifest
 from llm.training.metrics import read_metrics
@@ -61,6 +69,9 @@ def folder(tmp_path_factory):
         for i in range(24):
             good, bad = words[i % 5], words[(i + 1) % 5]
             row = {"prompt": f"say {i}", "chosen": f"{good} {i}", "rejected": f"{bad}"}
+            file.write(json.dumps(row) + "\n")
+        for answers in (("same", "same"), ("sun", "x" * 40)):
+            row = dict(zip(("prompt", "chosen", "rejected"), ("say", *answers), strict=True))
             file.write(json.dumps(row) + "\n")
     (folder / "recipes.py").write_text(RECIPES.format(folder=str(folder), length=LENGTH))
     run("pretrain", *recipe(folder, "pretrain"), f"--workdir={folder / 'pretrain'}")
@@ -108,6 +119,11 @@ def test_a_broken_run_ends_where_the_unbroken_one_does(whole, stage):
 def test_what_each_stage_leaves(whole):
     said = (whole / "finetune.log").read_text()
     assert "say sun|" in said
+    for stage in ("reward", "preference"):
+        said = (whole / f"{stage}.log").read_text()
+        assert "1 bad rows left out: " in said
+        assert "feedback.jsonl:25 two responses are identical, and one is said to be" in said
+        assert "length_tokens=32: " in said and "feedback.jsonl:26\n" in said
     report = json.loads((whole / "reward" / "preferences.json").read_text())
     assert 0 <= report["accuracy"] <= 1 and report["pairs"] > 0
     scale = json.loads((whole / "reward" / "scale.json").read_text())
@@ -172,6 +188,45 @@ def test_a_value_starts_at_what_the_run_is_paid(whole):
     assert weight_of(source, config) == 0.5 and weight_of("elsewhere", config) == 1.0
 
 
+def test_direct_preferences_begin_at_log_2(whole):
+    """By their own loss, before the first update: DPO's policy is its reference."""
+    first = next(row for row in read_metrics(whole / "preference") if "train/loss" in row)
+    assert first["train/loss"] == pytest.approx(np.log(2), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, first", [("kto", 0.5), ("ipo", 25.0), ("orpo", None)])
+def test_other_direct_preferences_run(whole, method, first):
+    """First losses at β = 0.1: KTO's 1 − σ(0), IPO's (1/2β)²."""
+    workdir = whole / method
+    arguments = ("--config.preference.method=" + method, "--config.total_steps=2")
+    run("preference", *recipe(whole, "preference"), *arguments, f"--workdir={workdir}")
+    losses = [row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    assert first is None or losses[0] == pytest.approx(first, rel=1e-4)
+
+
+def test_a_value_that_reads_other_tokens_is_refused(whole, tmp_path):
+    """A reward may: it encodes texts anew. A value reads the policy's own tokens."""
+    other = tmp_path / "reward"
+    shutil.copytree(whole / "reward", other)
+    assert byte_tokenizer().definition == load_tokenizer(other / "tokenizer").definition
+    shutil.rmtree(other / "tokenizer")
+    train_tokenizer(["sun sea sky sand wind"] * 9, 290).save(other / "tokenizer")
+    config = f"{whole / 'recipes.py'}:rlhf"
+    rlhf = load_config(config, [], RlhfConfig)
+    models = Models(
+        Transformer(load_model_config(whole / "finetune")),
+        ScalarModel(load_model_config(other)),
+    )
+    with pytest.raises(ValueError, match="has another tokenizer than the policy, whose tokens"):
+        load_value_start(str(other), models, byte_tokenizer())
+    asked = dataclasses.replace(rlhf.rewards["rule"], path=str(other))
+    rewards, _ = load_rewards(dataclasses.replace(rlhf, rewards={"r": asked}), ComputeConfig())
+    prompt = Prompt(({"role": "user", "content": "say sun"},), (1, 2), {}, "pairs.jsonl:1")
+    assert np.isfinite(rewards["r"][0]([prompt], ["sun 1"])).all()
+
+
 def test_policies_speak_and_reward_models_do_not(whole):
     for stage in ("finetune", "preference", "rlhf"):
         run("generate", f"--workdir={whole / stage}", "--prompt=say sun", "--max_new_tokens=3")
@@ -185,7 +240,7 @@ def test_policies_speak_and_reward_models_do_not(whole):
         ("finetune", "--config.adapter.rnak=2", "no field 'rnak'; did you mean rank?"),
         ("finetune", "--config.source=nowhere", "nowhere does not exist; give a Hugging Face"),
         ("finetune", "--config.trainable.freeze=('layer/*',)", "'layer/*' matches no parameter"),
-        ("reward", "--config.comparisons.kind=thumbs", "24 rows are bad"),
+        ("reward", "--config.comparisons.kind=thumbs", "26 rows are bad"),
         ("preference", "--config.preference.method=dop", "must be one of"),
         ("rlhf", "--config.algorithm.minibatches=3", "do not divide into"),
         ("rlhf", "--config.rewards.rule.path=nowhere", "not the workdir of a finished reward"),

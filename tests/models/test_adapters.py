@@ -39,19 +39,19 @@ EVERY = [
 ]
 
 
-def base_params():
+def base_params(config=CONFIG):
     """Parameters large enough for attention to be sharp."""
-    shapes = jax.eval_shape(lambda: init_params(Transformer(CONFIG), jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(Transformer(config), jax.random.key(0)))
     random = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), jnp.float32), shapes)
 
 
-def adapted(unroll, remat, quantize, **changes):
+def adapted(unroll, remat, quantize, config=CONFIG, **changes):
     """Return (adapted model, its parameters with factors that matter)."""
     adapter = AdapterConfig(rank=3, alpha=6.0, quantize=quantize, block=16, **changes)
     compute = ComputeConfig(unroll_layers=unroll, remat=remat)
-    model = Transformer(CONFIG, compute, adapter)
-    params = adapt_params(model, base_params(), jax.random.key(1))
+    model = Transformer(config, compute, adapter)
+    params = adapt_params(model, base_params(config), jax.random.key(1))
     random = np.random.default_rng(2)
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: (
@@ -151,6 +151,37 @@ def test_decoding_equals_the_full_forward_and_the_merged_model(unroll, remat, qu
     merged = make_generate(plain(model), sampling)(merge_params(model, params), *arguments)
     np.testing.assert_array_equal(ours.tokens, merged.tokens)
     np.testing.assert_allclose(ours.log_probs, merged.log_probs, atol=1e-4)
+
+
+# Small: there are many of them. What is rematerialised must change nothing but the memory.
+SMALL = dataclasses.replace(
+    CONFIG, width=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_width=16
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("unroll", [True, False], ids=["unrolled", "scanned"])
+def test_every_remat_policy_trains_and_decodes_as_none(unroll, quantize):
+    """Losses, the factors' gradients, and greedy texts; those of "none" are merged ones above."""
+    found = {}
+    for remat in ("none", "dots", "dots_with_no_batch", "attention"):
+        model, params = adapted(unroll, remat, quantize, config=SMALL)
+        factors = {p: x for p, x in by_path(params).items() if is_factor(p[-1])}
+
+        def loss(factors, model=model, params=params):
+            logits = model.apply({"params": replace_factors(params, factors)}, TOKENS)
+            return -jnp.mean(jax.nn.log_softmax(logits[..., : CONFIG.vocab_size])[:, :-1, 7])
+
+        value, grads = jax.jit(jax.value_and_grad(loss))(factors)
+        sampling = SamplingConfig(max_new_tokens=4, temperature=0.0)
+        arguments = (TOKENS[:, :6], jnp.full(2, 6), jax.random.split(jax.random.key(0), 2))
+        texts = make_generate(model, sampling)(params, *arguments)
+        found[remat] = (value, grads, texts.tokens, texts.log_probs)
+    for remat, values in found.items():
+        for ours, theirs in zip(*map(jax.tree.leaves, (values, found["none"])), strict=True):
+            atol = 1e-6 * float(jnp.max(jnp.abs(theirs)))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=atol, err_msg=remat)
 
 
 def test_only_targets_get_factors_and_all_kernels_of_layers_are_stored():

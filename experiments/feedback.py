@@ -1,0 +1,33 @@
+"""Human feedback for the stages that learn from it: each split as tokens, and what was left out."""
+
+from configs.schema import ComparisonStageConfig
+from llm.data.comparisons import EncodedFeedback, encode_feedback
+from llm.data.feedback_source import load_feedback
+from llm.data.rows import tell_rows
+from llm.data.tokenizers import Tokenizer
+
+
+def load_comparisons(
+    config: ComparisonStageConfig, tokenizer: Tokenizer, *, pairs_only: bool
+) -> tuple[dict[str, list[EncodedFeedback]], list[str]]:
+    """Return the feedback of each split that there is, and a line a split for the run's log.
+
+    The lines count what was left out and name the first rows of it, with the reasons.
+    """
+    comparisons, encoded, told = config.comparisons, {}, []
+    splits = ("train", "validation") if comparisons.source.has_validation else ("train",)
+    for split in splits:
+        found = load_feedback(comparisons, split, pairs_only=pairs_only)
+        length = comparisons.length_tokens
+        encoded[split], cut = encode_feedback(
+            found.records, tokenizer, length, pairs_only=pairs_only
+        )
+        parts = [
+            f"{split}: {len(encoded[split])} prompts; {found.num_repeated} repeats dropped",
+            tell_rows(found.bad_rows, "bad rows left out"),
+            tell_rows(cut, f"lost responses longer than comparisons.length_tokens={length}"),
+        ]
+        if pairs_only:
+            parts.insert(1, f"{found.num_without_pairs} without a pair left out")
+        told.append("; ".join(parts))
+    return encoded, told
