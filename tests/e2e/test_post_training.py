@@ -172,7 +172,8 @@ def test_further_prompts_were_drawn(whole):
 def test_a_value_starts_at_what_the_run_is_paid(whole):
     source = str(whole / "reward")
     reward = load_reward(source)
-    models = Models(Transformer(reward.config), ScalarModel(reward.config))
+    config = dataclasses.replace(reward.config, dropout_rate=0.0)
+    models = Models(Transformer(config), ScalarModel(config))
     value = load_value_start(source, models, reward.tokenizer, weight=-2.0)
     tokens = jnp.asarray([reward.tokenizer.encode("sun and sea and sand")])
     raw, paid = (models.value.apply({"params": p}, tokens) for p in (reward.merged, value))
