@@ -53,6 +53,8 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
     models = Models(Transformer(start.config, config.compute, config.adapter), None)
     model = models.policy
     rates = make_rates(config.trainable, start.config, param_shapes(model), adapted=models.shared)
+    if config.preference.needs_reference:
+        models.check_rates({"policy": rates})
     optimizer = make_optimizer(config.optimizer, split(logical_axes(model), rates)[0])
     schedule = make_schedule(
         config.schedule, total_steps=total_steps, tokens_per_step=config.tokens_per_step

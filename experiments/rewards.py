@@ -70,7 +70,9 @@ def load_rewards(
     rewards, digests = {}, {}
     for name, reward in sorted(config.rewards.items()):
         if reward.kind == "model":
-            function, digests[f"rewards.{name}"] = _model_reward(reward, compute)
+            function, digests[f"rewards.{name}"] = _model_reward(
+                reward, compute, config.rollout.prompt_tokens + config.rollout.response_tokens
+            )
         else:
             function = make_verifier(reward)
         rewards[name] = (function, reward.weight)
@@ -142,7 +144,9 @@ def check_digests(workdir: epath.PathLike, digests: dict[str, str]) -> None:
             )
 
 
-def _model_reward(reward: RewardConfig, compute: ComputeConfig) -> tuple[RewardFn, str]:
+def _model_reward(
+    reward: RewardConfig, compute: ComputeConfig, usual_tokens: int
+) -> tuple[RewardFn, str]:
     loaded = load_reward(reward.path)
     function = make_model_reward(
         ScalarModel(loaded.config, compute),
@@ -151,5 +155,6 @@ def _model_reward(reward: RewardConfig, compute: ComputeConfig) -> tuple[RewardF
         shift=loaded.shift,
         scale=loaded.scale,
         batch_responses=reward.batch_responses,
+        usual_tokens=usual_tokens,
     )
     return function, loaded.digest

@@ -117,13 +117,8 @@ def rlhf(
         # State
         params, frozen, source_digests = init_models(config, models, start, mesh)
         check_digests(run.workdir, digests | source_digests)
-        run.say(
-            f"{len(prompts.prompts)} prompts; {len(prompts.too_long)} longer than "
-            f"rollout.prompt_tokens={config.rollout.prompt_tokens} and {len(prompts.bad_rows)} bad "
-            "rows left out"
-        )
-        for row in prompts.left_out():
-            run.say(f"  {row}")
+        for line in (f"{len(prompts.prompts)} prompts", *prompts.left_out()):
+            run.say(line)
         tokenizer.save(run.workdir / "tokenizer")
         train = init_state(spec, optimizer, mesh, config.seed, params=params, rates=rates)
         state = jax.device_put(

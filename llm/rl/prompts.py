@@ -9,7 +9,7 @@ import numpy as np
 
 from llm.data.config import SourceConfig
 from llm.data.packing import permutation
-from llm.data.rows import BadRow, Document
+from llm.data.rows import BadRow, Document, tell_rows
 from llm.data.shard_writer import check_bad_rows
 from llm.data.sources import open_source
 from llm.data.tokenizers import Tokenizer
@@ -39,10 +39,16 @@ class PromptSet:
     bad_rows: tuple[BadRow, ...]
     max_tokens: int  # that were allowed
 
-    def left_out(self, most: int = 3) -> list[str]:
-        """Return the first rows of each kind that was left out, and why."""
-        long = [f"{name} is longer than {self.max_tokens} tokens" for name in self.too_long[:most]]
-        return long + [f"{bad.source}:{bad.row} {bad.reason}" for bad in self.bad_rows[:most]]
+    def left_out(self) -> list[str]:
+        """Return a line for each kind of row that was left out: how many, and the first of them."""
+        return [
+            tell_rows(rows, what)
+            for rows, what in (
+                (self.too_long, f"prompts longer than {self.max_tokens} tokens left out"),
+                (self.bad_rows, "bad rows left out"),
+            )
+            if rows
+        ]
 
     def width(self, multiple: int = 8) -> int:
         """Return the tokens of a row that every prompt fits into: a multiple, or max_tokens."""

@@ -25,14 +25,16 @@ def make_model_reward(
     shift: float = 0.0,
     scale: float = 1.0,
     batch_responses: int = 64,
+    usual_tokens: int = 1,
 ) -> RewardFn:
     """Return the reward (score − shift) / scale of each response as an assistant's turn.
 
     Texts are encoded anew, by the reward model's own tokenizer and as in its training, so that it
-    reads what it was trained on whatever tokens the policy made them of. Few shapes are compiled:
-    lengths are bucketed and batches filled up. The function raises a ValueError for a prompt that
-    leaves no room for a response; a row that is longer than the model's window loses its beginning,
-    since the score is read at the end, and is named in the log.
+    reads what it was trained on whatever tokens the policy made them of. Batches are filled
+    up, and rows are as wide as `usual_tokens`, the longest that are to be expected, so that one
+    program serves them all; longer ones are bucketed. The function raises a ValueError for a prompt
+    that leaves no room for a response; a row that is longer than the model's window loses its
+    beginning, since the score is read at the end, and is named in the log.
     """
     params = jax.device_put(params)
     length_limit = model.config.max_length_tokens
@@ -44,7 +46,7 @@ def make_model_reward(
 
     def reward(prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
         rows = _encode(prompts, responses, tokenizer, length_limit)
-        width = min(bucket_length(max(map(len, rows))), length_limit)
+        width = min(bucket_length(max(usual_tokens, *map(len, rows))), length_limit)
         found = []
         for start in range(0, len(rows), batch_responses):
             part = rows[start : start + batch_responses]

@@ -89,6 +89,28 @@ def test_scores_are_shifted_and_scaled(params):
     assert found == pytest.approx((raw - 0.5) / 2.0, rel=1e-6)
 
 
+def test_one_program_serves_all_usual_responses(params):
+    prompts, tokenizer = [prompt_of("a film?")], byte_tokenizer()
+    narrow = make_model_reward(MODEL, params, tokenizer)
+    fixed = make_model_reward(MODEL, params, tokenizer, usual_tokens=48)
+    fixed(prompts, ["good"])
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        found = [fixed(prompts, [text]) for text in ("g", "good" * 6)]
+        assert not compiled
+        expected = [narrow(prompts, [text]) for text in ("g", "good" * 6)]
+        assert compiled  # so the listener hears, and two widths are two programs
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
 def test_what_does_not_fit_is_named(params, caplog):
     reward = make_model_reward(MODEL, params, byte_tokenizer())
     long = prompt_of("q" * 40, "tasks.jsonl:9")  # 44 tokens with its marks
