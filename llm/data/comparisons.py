@@ -26,6 +26,13 @@ class EncodedFeedback:
     margin: float
     id: str
 
+    @property
+    def answers(self) -> frozenset[bytes]:
+        """The responses without their prompt: records that compare the same ones have the same."""
+        return frozenset(
+            row[start:].tobytes() for row, start in zip(self.rows, self.starts, strict=True)
+        )
+
 
 def encode_feedback(
     records: Sequence[Feedback],
@@ -121,6 +128,11 @@ class ComparisonBatches(Iterator[Batch]):
     Thumbs are levels of 1 and 0: KTO needs no other batches. The order is a function of seed and
     epoch; one pass keeps the records' own, and its last batch is filled up with rows without
     responses.
+
+    Records that compare the same responses ("write a good one", "write a bad one") follow each
+    other and draw the same of them. What a response is by itself, preferred here and not there,
+    then cancels within a batch, and how it answers its prompt is left: without that a reward model
+    of opposite instructions stayed at chance for hundreds of steps.
     """
 
     def __init__(
@@ -148,6 +160,11 @@ class ComparisonBatches(Iterator[Batch]):
         self._local = local_sequences(config.batch_prompts, host_index, host_count)
         self._host_index = host_index
         self._cursor = 0
+        families: dict[frozenset[bytes], list[int]] = {}
+        for index, record in enumerate(records):
+            families.setdefault(record.answers, []).append(index)
+        self._families = list(families.values())
+        self._family_of = {i: number for number, f in enumerate(self._families) for i in f}
         # A batch reads one epoch, or the end of one and the start of the next.
         self._order = functools.lru_cache(2)(self._epoch_order)
 
@@ -175,7 +192,8 @@ class ComparisonBatches(Iterator[Batch]):
     def _epoch_order(self, epoch: int) -> Int64[np.ndarray, " records"]:
         if self._one_pass:
             return np.arange(len(self.records))
-        return permutation(len(self.records), "comparisons", self._config.seed, epoch)
+        order = permutation(len(self._families), "comparisons", self._config.seed, epoch)
+        return np.concatenate([self._families[family] for family in order.tolist()])
 
     def _empty(self) -> Batch:
         slots = self._config.max_responses
@@ -210,8 +228,8 @@ class ComparisonBatches(Iterator[Batch]):
         """Return which responses take the slots: of many a draw, the best and the worst in it."""
         if len(record.rows) <= self._config.max_responses:
             return list(range(len(record.rows)))
-        seed = self._config.seed
-        order = permutation(len(record.rows), "responses", seed, epoch, index).tolist()
+        seed, family = self._config.seed, self._family_of[index]
+        order = permutation(len(record.rows), "responses", seed, epoch, family).tolist()
         levels = np.array(record.levels)[order]
         first = list(dict.fromkeys([int(levels.argmax()), int(levels.argmin())]))
         rest = [place for place in range(len(order)) if place not in first]
