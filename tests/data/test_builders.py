@@ -191,11 +191,12 @@ def test_clear_instructions_are_those_whose_words_tell_their_label():
     every = {split: read("film_reviews/instructions", split) for split in splits}
     clear = {split: read("film_reviews/clear_instructions", split) for split in splits}
     assert clear["validation"] == every["validation"] and clear["test"] == every["test"]
-    assert 0.7 < len(clear["judge"]) / len(every["judge"]) < 0.78
+    assert 0.55 < len(clear["judge"]) / len(every["judge"]) < 0.65
     kept = {row["response"] for row in clear["train"]}
     assert kept < {row["response"] for row in every["train"]}
-    # Words tell the label of about three in four reviews of films that were not read (DATA.md).
-    assert 0.7 < len(kept) / len(every["train"]) < 0.78
+    # Words tell the label of about three in four reviews of films that were not read (DATA.md), of
+    # three in five with some certainty.
+    assert 0.55 < len(kept) / len(every["train"]) < 0.65
     # Someone who has read other films agrees with more of what was kept than of what was not.
     judge = make_text_classifier().fit(
         [row["response"] for row in every["judge"]], [row["label"] for row in every["judge"]]
@@ -203,7 +204,7 @@ def test_clear_instructions_are_those_whose_words_tell_their_label():
     texts = np.array([row["response"] for row in every["train"]])
     right = judge.predict(texts) == [row["label"] for row in every["train"]]
     is_kept = np.isin(texts, list(kept))
-    assert np.mean(right[is_kept]) > 0.85 and np.mean(right[~is_kept]) < 0.5
+    assert np.mean(right[is_kept]) > 0.88 and np.mean(right[~is_kept]) < 0.58
 
 
 # --- Chinese reviews ------------------------------------------------------------------------

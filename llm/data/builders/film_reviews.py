@@ -47,7 +47,7 @@ class FilmReviews(PackagedCorpus):
     `feedback`: two rows a review of `instructions`, in the same splits: asked for as it is (label
       true), and as the opposite (false).
     `clear_instructions`, `clear_feedback`: the same, but that `train` and `judge` have only reviews
-      whose label a classifier of words, fitted on their other films, finds too (three in four).
+      whose label a classifier of words, fitted on their other films, finds too (three in five).
     """
 
     VERSION = tfds.core.Version("1.0.0")
