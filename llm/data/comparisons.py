@@ -27,11 +27,9 @@ class EncodedFeedback:
     id: str
 
     @property
-    def answers(self) -> frozenset[bytes]:
-        """The responses without their prompt: records that compare the same ones have the same."""
-        return frozenset(
-            row[start:].tobytes() for row, start in zip(self.rows, self.starts, strict=True)
-        )
+    def answers(self) -> tuple[bytes, ...]:
+        """The responses without their prompt."""
+        return tuple(r[start:].tobytes() for r, start in zip(self.rows, self.starts, strict=True))
 
 
 def encode_feedback(
@@ -160,9 +158,9 @@ class ComparisonBatches(Iterator[Batch]):
         self._local = local_sequences(config.batch_prompts, host_index, host_count)
         self._host_index = host_index
         self._cursor = 0
-        families: dict[frozenset[bytes], list[int]] = {}
+        families: dict[tuple[bytes, ...], list[int]] = {}
         for index, record in enumerate(records):
-            families.setdefault(record.answers, []).append(index)
+            families.setdefault(tuple(sorted(record.answers)), []).append(index)
         self._families = list(families.values())
         self._family_of = {i: number for number, f in enumerate(self._families) for i in f}
         # A batch reads one epoch, or the end of one and the start of the next.
@@ -229,7 +227,10 @@ class ComparisonBatches(Iterator[Batch]):
         if len(record.rows) <= self._config.max_responses:
             return list(range(len(record.rows)))
         seed, family = self._config.seed, self._family_of[index]
-        order = permutation(len(record.rows), "responses", seed, epoch, family).tolist()
+        # By what they say, so that a family whose records list them otherwise draws the same.
+        named = sorted(range(len(record.rows)), key=record.answers.__getitem__)
+        drawn = permutation(len(record.rows), "responses", seed, epoch, family)
+        order = [named[place] for place in drawn.tolist()]
         levels = np.array(record.levels)[order]
         first = list(dict.fromkeys([int(levels.argmax()), int(levels.argmin())]))
         rest = [place for place in range(len(order)) if place not in first]

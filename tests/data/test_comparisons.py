@@ -238,6 +238,35 @@ def test_of_many_responses_each_epoch_draws_some_that_differ(odd_level):
     assert all(9 <= count <= 49 for count in counts.values())
 
 
+def test_records_of_the_same_responses_stand_together_and_draw_the_same():
+    """Whatever the order in the file, of the records and of their responses."""
+    letters = "abcdefgh"
+    films = [[f"{letter}{film}" for letter in letters] for film in range(6)]
+    good = [
+        record_of(*film, levels=(1, 1, 1, 1, 0, 0, 0, 0), prompt=f"good{number}")
+        for number, film in enumerate(films)
+    ]
+    bad = [
+        record_of(*reversed(film), levels=(1, 1, 1, 1, 0, 0, 0, 0), prompt=f"bad{number}")
+        for number, film in enumerate(films)
+    ]
+    encoded, _ = encode_feedback(good + bad[::-1], byte_tokenizer(), LENGTH)
+    batches = take(ComparisonBatches(encoded, batching(batch_prompts=2)), 18)
+    orders, draws = [], set()
+    for batch in batches:
+        (first, second) = responses_of(batch)
+        (one, *_), (other, *_) = first, second
+        assert one[0][-1] == other[0][-1] and {one[0][:-1], other[0][:-1]} == {"good", "bad"}
+        first_levels = {said: level for _, said, level in first}
+        second_levels = {said: level for _, said, level in second}
+        assert first_levels == {said: 1 - level for said, level in second_levels.items()}
+        orders.append(one[0][-1])
+        draws.add(frozenset(said[0] for said in first_levels))
+    epochs = [orders[start : start + 6] for start in (0, 6, 12)]
+    assert all(sorted(epoch) == list("012345") for epoch in epochs)
+    assert epochs[0] != epochs[1] and len(draws) > 8
+
+
 @pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("host_count", [2, 4])
 def test_hosts_share_the_same_global_batches(encoded, host_count, one_pass):
