@@ -32,6 +32,12 @@ class SamplingConfig:
             f"repetition_penalty={self.repetition_penalty}: must be positive; 1 changes nothing",
         )
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn by softmax(logits / temperature) as it is."""
+        filters = self.top_k, self.top_p, self.min_p
+        return self.temperature > 0 and filters == (None,) * 3 and self.repetition_penalty == 1.0
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:

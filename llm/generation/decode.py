@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llm.generation.config import SamplingConfig
-from llm.generation.sampling import sample, token_log_probs
+from llm.generation.sampling import sample
 from llm.models.transformer import Cache, Transformer, init_cache
 from llm.models.unstack import unstack, unstacked
 
@@ -66,8 +66,7 @@ def make_decoder(
         """Sample a token from the logits and write it down where the sequence goes on."""
         out, step = state.generation, state.step
         keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, step)
-        token = sample(logits, keys, sampling, state.seen)
-        log_probs = token_log_probs(logits, token, sampling.temperature)
+        token, log_probs = sample(logits, keys, sampling, state.seen)
         going_on = ~out.finished
         token = jnp.where(going_on, token, pad_id)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step, axis=1)

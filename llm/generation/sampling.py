@@ -55,11 +55,13 @@ def sampling_logits(
     """Return the logits that the next token is drawn by.
 
     In `transformers`' order: repetition penalty, temperature, top-k, top-p, min-p; each works on
-    what the ones before it left. Temperature 0 scales by nothing: take the maximum.
+    what the ones before it left. Temperature 0 is for the maximum, which no filter takes away.
     """
     if config.repetition_penalty != 1.0:
         logits = repetition_penalty(logits, seen, config.repetition_penalty)
-    if config.temperature not in (0.0, 1.0):
+    if config.temperature == 0.0:
+        return logits
+    if config.temperature != 1.0:
         logits = logits / config.temperature
     if config.top_k is not None:
         logits = keep_top_k(logits, config.top_k)
@@ -75,34 +77,30 @@ def sample(
     keys: Key[Array, " B"],
     config: SamplingConfig,
     seen: Bool[Array, "B V"] | None = None,
-) -> Int[Array, " B"]:
-    """Return one token a row, drawn by the config's logits; the likeliest at temperature 0.
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Return one token a row, drawn by the config's logits (the likeliest at temperature 0), and
+    its log softmax(logits / temperature), in nats, before penalty and filters.
 
-    Row b depends on its own logits, key and seen tokens alone.
+    The second is what a trainer that divides its logits by the temperature computes for the same
+    token; temperature 0 counts as 1. Row b depends on its own logits, key and seen tokens alone.
     """
+    kept = sampling_logits(logits, config, seen)
     if config.temperature == 0.0:
-        if config.repetition_penalty != 1.0:
-            logits = repetition_penalty(logits, seen, config.repetition_penalty)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = sampling_logits(logits, config, seen)
-    return jax.vmap(_draw)(keys, logits).astype(jnp.int32)
+        tokens = jnp.argmax(kept, axis=-1).astype(jnp.int32)
+    else:
+        tokens, log_z = jax.vmap(_draw)(keys, kept)
+    if config.temperature not in (0.0, 1.0):
+        logits = logits / config.temperature
+    if not config.is_plain:  # or the draw has added up the very same exponentials
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+    return tokens, jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - log_z
 
 
-def token_log_probs(
-    logits: Logits, tokens: Int[Array, " B"], temperature: float
-) -> Float[Array, " B"]:
-    """Return log softmax(logits / temperature) of each row's token, in nats, before any filter.
-
-    This is what a trainer that divides its logits by the temperature computes for the same token.
-    Temperature 0 counts as 1.
-    """
-    scaled = logits if temperature in (0.0, 1.0) else logits / temperature
-    chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(scaled, axis=-1)
-
-
-def _draw(key: Key[Array, ""], logits: Float[Array, " V"]) -> Int[Array, ""]:
-    """Draw a token from softmax(logits): first its block of the vocabulary, then it out of that.
+def _draw(
+    key: Key[Array, ""], logits: Float[Array, " V"]
+) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """Return a token from softmax(logits), drawn as its block of the vocabulary and then out of
+    that, and the logsumexp of the logits.
 
     As exact as one draw over all tokens, whose random numbers (one for each) would cost more than
     everything else that happens to the logits.
@@ -110,8 +108,10 @@ def _draw(key: Key[Array, ""], logits: Float[Array, " V"]) -> Int[Array, ""]:
     padding = -logits.shape[0] % BLOCK_TOKENS
     blocks = jnp.pad(logits, (0, padding), constant_values=-jnp.inf).reshape(-1, BLOCK_TOKENS)
     block_key, token_key = jax.random.split(key)
-    block = jax.random.categorical(block_key, jax.nn.logsumexp(blocks, axis=-1))
-    return block * BLOCK_TOKENS + jax.random.categorical(token_key, blocks[block])
+    totals = jax.nn.logsumexp(blocks, axis=-1)
+    block = jax.random.categorical(block_key, totals)
+    token = block * BLOCK_TOKENS + jax.random.categorical(token_key, blocks[block])
+    return token.astype(jnp.int32), jax.nn.logsumexp(totals)
 
 
 def _keep_heaviest(logits: Logits, weights: Float[Array, "B V"], target: float) -> Logits:

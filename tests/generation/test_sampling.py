@@ -119,7 +119,7 @@ def test_draws_follow_the_exact_probabilities(config, exact):
     draws, exact = 20_000, np.asarray(exact)
     keys = jax.random.split(jax.random.key(7), draws)
     logits = jnp.broadcast_to(LOGITS, (draws, 4))
-    tokens = jax.jit(lambda x, k: sampling.sample(x, k, config))(logits, keys)
+    tokens, _ = jax.jit(lambda x, k: sampling.sample(x, k, config))(logits, keys)
     counts = np.bincount(tokens, minlength=4)
     possible = exact > 0
     assert counts[~possible].sum() == 0
@@ -135,11 +135,13 @@ def test_draws_follow_the_exact_probabilities_over_many_blocks_of_the_vocabulary
     sample = jax.jit(
         lambda keys: sampling.sample(jnp.tile(logits, (draws, 1)), keys, SamplingConfig())
     )
-    counts = np.bincount(sample(keys), minlength=size)
+    tokens, log_probs = sample(keys)
+    counts = np.bincount(tokens, minlength=size)
     possible = np.isfinite(logits)
     assert counts[~possible].sum() == 0 and len(counts) == size
     exact = np.exp(logits[possible]) / np.exp(logits[possible]).sum()
     assert exact.min() * draws > 10
+    np.testing.assert_allclose(log_probs, np.log(exact)[np.cumsum(possible)[tokens] - 1], rtol=1e-5)
     # 355.8: the value that 262 degrees of freedom exceed once in ten thousand
     assert chi_square(counts[possible], exact) < 355.8
 
@@ -148,23 +150,32 @@ def test_a_row_depends_on_its_own_logits_and_key_alone():
     keys = jax.random.split(jax.random.key(0), 5)
     logits = jax.random.normal(jax.random.key(1), (5, 40))
     config = SamplingConfig(temperature=1.5, top_p=0.95)
-    together = sampling.sample(logits, keys, config)
+    together, _ = sampling.sample(logits, keys, config)
     alone = [sampling.sample(logits[i : i + 1], keys[i : i + 1], config)[0] for i in range(5)]
-    assert together.tolist() == alone
+    assert together.tolist() == np.concatenate(alone).tolist()
 
 
 def test_temperature_zero_takes_the_likeliest_of_what_the_penalty_leaves():
     config = SamplingConfig(temperature=0.0, repetition_penalty=1.5)
     logits, keys = jnp.array([[3.0, 2.5, 1.0]]), jax.random.split(jax.random.key(0), 1)
     seen = jnp.array([[True, False, False]])
-    assert sampling.sample(logits, keys, SamplingConfig(temperature=0.0)).tolist() == [0]
-    assert sampling.sample(logits, keys, config, seen).tolist() == [1]
+    assert sampling.sample(logits, keys, SamplingConfig(temperature=0.0))[0].tolist() == [0]
+    assert sampling.sample(logits, keys, config, seen)[0].tolist() == [1]
 
 
-@pytest.mark.parametrize("temperature, want", [(1.0, 0.25), (0.5, 2 / 11), (0.0, 0.25)])
-def test_log_probs_are_of_the_temperature_and_not_of_the_filters(temperature, want):
-    out = sampling.token_log_probs(LOGITS + 3.0, jnp.array([3]), temperature)
-    np.testing.assert_allclose(out, [np.log(want)], rtol=1e-5)
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.2}, {"repetition_penalty": 1.5}]
+)
+@pytest.mark.parametrize("temperature, weights", [(1.0, [1, 4, 1, 2]), (0.5, [1, 16, 1, 4]),
+                                                  (0.0, [1, 4, 1, 2])])  # fmt: skip
+def test_log_probs_are_of_the_temperature_and_not_of_the_filters(temperature, weights, filters):
+    keys = jax.random.split(jax.random.key(2), 50)
+    logits = jnp.broadcast_to(LOGITS + 3.0, (50, 4))
+    config = SamplingConfig(temperature=temperature, **filters)
+    seen = jnp.zeros((50, 4), bool).at[:, 1].set(True)
+    tokens, log_probs = sampling.sample(logits, keys, config, seen)
+    assert len(set(tokens.tolist())) > 1 or temperature == 0.0
+    np.testing.assert_allclose(log_probs, np.log(weights / np.sum(weights))[tokens], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
