@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Shapes and types in annotations are checked here, never in a run.
 CHECK_TYPES := '--jaxtyping-packages=llm,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))'
-PYTEST_ARGS ?= -n auto --maxprocesses=4 --dist=worksteal
+PYTEST_ARGS ?= -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 # By running it: a version manager leaves stand-ins on the PATH for versions it does not have.
 USABLE := 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))'

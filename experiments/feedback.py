@@ -3,6 +3,7 @@
 from configs.schema import ComparisonStageConfig
 from llm.data.comparisons import EncodedFeedback, encode_feedback
 from llm.data.feedback_source import load_feedback
+from llm.data.packing import permutation
 from llm.data.rows import tell_rows
 from llm.data.tokenizers import Tokenizer
 
@@ -13,6 +14,9 @@ def load_comparisons(
     """Return the feedback of each split that there is, and a line a split for the run's log.
 
     The lines count what was left out and name the first rows of it, with the reasons.
+
+    Raises:
+      ValueError: nothing of a split fits.
     """
     comparisons, encoded, told = config.comparisons, {}, []
     splits = ("train", "validation") if comparisons.source.has_validation else ("train",)
@@ -22,6 +26,12 @@ def load_comparisons(
         encoded[split], cut = encode_feedback(
             found.records, tokenizer, length, pairs_only=pairs_only
         )
+        if not encoded[split]:
+            raise ValueError(
+                f"no {split} feedback fits into comparisons.length_tokens={length}; raise it"
+            )
+        if split == "validation":
+            encoded[split] = _drawn(encoded[split], comparisons.max_validation_prompts)
         parts = [
             f"{split}: {len(encoded[split])} prompts; {found.num_repeated} repeats dropped",
             tell_rows(found.bad_rows, "bad rows left out"),
@@ -31,3 +41,9 @@ def load_comparisons(
             parts.insert(1, f"{found.num_without_pairs} without a pair left out")
         told.append("; ".join(parts))
     return encoded, told
+
+
+def _drawn(records: list[EncodedFeedback], most: int | None) -> list[EncodedFeedback]:
+    """Return at most so many records, the same ones for every seed of a run."""
+    drawn = permutation(len(records), "held-out comparisons")[:most]
+    return [records[i] for i in sorted(drawn.tolist())]

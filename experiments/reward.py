@@ -13,7 +13,6 @@ import json
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.schema import RewardModelConfig
@@ -163,7 +162,16 @@ def measure(
     score_step, params: dict, records: list[EncodedFeedback], config: RewardModelConfig
 ) -> PreferenceReport:
     """Return accuracy and calibration on held-out feedback."""
-    scores, levels = score_all(score_step, params, records, config)
+    return judge(*score_all(score_step, params, records, config), records, config)
+
+
+def judge(
+    scores: list[np.ndarray],
+    levels: list[np.ndarray],
+    records: list[EncodedFeedback],
+    config: RewardModelConfig,
+) -> PreferenceReport:
+    """Return the same of responses that are scored already."""
     pairs = compare_pairs(scores, levels, [record.margin for record in records])
     return report_preferences(*pairs, num_bins=config.calibration_bins)
 
@@ -187,14 +195,17 @@ def finish(
     run: Run, score_step, params: dict, encoded: dict[str, list], config: RewardModelConfig
 ) -> None:
     """Write what those need who use the scores: scale.json, and how far to trust them."""
-    reference = encoded.get("validation") or encoded["train"]
-    scores = np.concatenate(score_all(score_step, params, reference, config)[0])
-    scale = {"shift": float(scores.mean()), "scale": float(scores.std()) or 1.0}
+    held_out = "validation" in encoded
+    most = config.comparisons.max_validation_prompts
+    records = encoded["validation"] if held_out else encoded["train"][:most]
+    scores, levels = score_all(score_step, params, records, config)
+    together = np.concatenate(scores)
+    scale = {"shift": float(together.mean()), "scale": float(together.std()) or 1.0}
     write_atomically(run.workdir / SCALE, json.dumps(scale, indent=2) + "\n")
-    if "validation" in encoded:
-        report = measure(score_step, params, encoded["validation"], config)
+    if held_out:
+        report = judge(scores, levels, records, config)
         text = json.dumps(entry.plain(report), indent=2)
-        write_atomically(epath.Path(run.workdir) / REPORT, text + "\n")
+        write_atomically(run.workdir / REPORT, text + "\n")
 
 
 def main(config: RewardModelConfig) -> None:

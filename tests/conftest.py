@@ -1,6 +1,7 @@
 """Eight fake CPU devices for the whole suite; programs compiled quickly, since most run once."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # No LLVM optimisation: compiling takes a third less, and no test is about speed.
@@ -14,3 +15,9 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).s
 # devices wait for each other in a collective can hold them all: then none goes on (seen in
 # checksums of sharded arrays). Threads that wait cost nothing.
 os.environ.setdefault("NPROC", "256")
+# What one test, worker or child process has compiled, the others of this run load. Never what an
+# earlier run has: a test would then not see what a change did to compiling.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory(prefix="compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"

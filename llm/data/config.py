@@ -103,6 +103,7 @@ class ComparisonsConfig:
     length_tokens: int = 512  # of prompt and response; what is longer is left out and counted
     batch_prompts: int = 8  # of the global batch, over all hosts
     max_responses: int = 4  # a prompt; of more, each epoch draws so many
+    max_validation_prompts: int | None = None  # drawn of those held out; None: all
     pad_left: bool = False
     max_bad_rows: int = 100
     seed: int = 0
@@ -114,11 +115,16 @@ class ComparisonsConfig:
             raise ValueError(
                 f"comparisons.source.format is {self.source.format!r}; it must be feedback"
             )
-        for name, least in (("length_tokens", 2), ("batch_prompts", 1), ("max_responses", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"comparisons.{name} is {getattr(self, name)}; it must be at least {least}"
-                )
+        least_values = {
+            "length_tokens": 2,
+            "batch_prompts": 1,
+            "max_responses": 2,
+            "max_validation_prompts": 1,
+        }
+        for name, least in least_values.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"comparisons.{name} is {value}; it must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,8 @@ import pytest
 from etils import epath
 
 from configs.command_line import load_config
-from configs.schema import RlhfConfig
+from configs.schema import RewardModelConfig, RlhfConfig
+from experiments.feedback import load_comparisons
 from experiments.loading import load_model_config
 from experiments.rewards import load_reward, load_rewards, load_value_start, weight_of
 from llm.data.tokenizer_training import byte_tokenizer, train_tokenizer
@@ -187,6 +188,24 @@ def test_a_value_starts_at_what_the_run_is_paid(whole):
     }
     config = RlhfConfig(source="x", rewards=rewards)
     assert weight_of(source, config) == 0.5 and weight_of("elsewhere", config) == 1.0
+
+
+def test_held_out_prompts_may_be_fewer_and_do_not_hang_on_the_seed(folder):
+    config = load_config(f"{folder / 'recipes.py'}:reward", [], RewardModelConfig)
+
+    def held_out(**fields):
+        comparisons = dataclasses.replace(config.comparisons, **fields)
+        asked = dataclasses.replace(config, comparisons=comparisons)
+        found, _ = load_comparisons(asked, byte_tokenizer(), pairs_only=True)
+        return [record.id for record in found["validation"]]
+
+    every, few = held_out(), held_out(max_validation_prompts=2)
+    assert len(every) > 2 == len(few) and set(few) < set(every)
+    assert held_out(max_validation_prompts=2, seed=7) == few
+    with pytest.raises(ValueError, match="max_validation_prompts is 0; it must be at least 1"):
+        held_out(max_validation_prompts=0)
+    with pytest.raises(ValueError, match="no train feedback fits into .*length_tokens=9; raise"):
+        held_out(length_tokens=9)
 
 
 def test_direct_preferences_begin_at_log_2(whole):

@@ -44,7 +44,10 @@ def test_two_steps_of_every_stage(folder):
     # A model that reads and writes answers with one that it has never seen at some 3 nats a token,
     # far under the log 49,152 = 10.8 of chance.
     assert 1.0 < chat[0]["train/loss"] < 6.0
-    small = ("--config.comparisons.length_tokens=64", "--config.comparisons.max_responses=2")
+    small = (
+        "--config.comparisons.length_tokens=64", "--config.comparisons.max_responses=2",
+        "--config.comparisons.max_validation_prompts=2",
+    )  # fmt: skip
     reward = run(
         folder, "reward", "reward_smollm2", f"--config.source={folder / 'finetune'}", *small,
         "--config.total_epochs=none", "--config.comparisons.batch_prompts=2",
@@ -54,7 +57,8 @@ def test_two_steps_of_every_stage(folder):
     assert reward[0]["train/loss"] == pytest.approx(np.log(2), abs=1e-6)
     steps = run(
         folder, "rlhf", "rlhf_smollm2", f"--config.source={folder / 'finetune'}",
-        f"--config.rewards.reward.path={folder / 'reward'}", "--config.rollout.prompts=2",
+        f"--config.rewards.reward.path={folder / 'reward'}",
+        "--config.rewards.reward.batch_responses=4", "--config.rollout.prompts=2",
         "--config.rollout.group=2", "--config.rollout.response_tokens=8",
         "--config.algorithm.minibatches=2",
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """What experiments.rlhf puts together, on a small random policy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,15 +110,11 @@ class Trainer:
         self.algorithm, self.ptx = algorithm, ptx
         self.sample = make_rollout(policy, ROLLOUT, TOKENIZER, self.mesh)
         self.batches = PromptBatches(PROMPTS, ROLLOUT.prompts, seed=0)
-        base = loud(init_params(Transformer(MODEL), jax.random.key(0)))
-        other = base
-        if reference_seed:
-            other = loud(init_params(Transformer(MODEL), jax.random.key(reference_seed)))
+        base, other = (copy(policy_params(seed)) for seed in (0, reference_seed))
         self.frozen = {} if models.shared else {"reference": other}
         params = {"policy": adapt_params(policy, base, jax.random.key(1))}
         if has_value:
-            start = init_params(ScalarModel(MODEL), jax.random.key(2))
-            start = adapt_params(value, start, jax.random.key(3))
+            start = adapt_params(value, copy(value_params()), jax.random.key(3))
             params["value"] = own_part(start) if models.shared else start
         with jax.set_mesh(self.mesh):
             train = init_state(spec, optimizer, self.mesh, 0, params=params, rates=rates)
@@ -149,8 +147,22 @@ class Trainer:
         return {name: float(x) for name, x in metrics.items()}
 
 
+@functools.cache
+def policy_params(seed):
+    return host(loud(init_params(Transformer(MODEL), jax.random.key(seed))))
+
+
+@functools.cache
+def value_params():
+    return host(init_params(ScalarModel(MODEL), jax.random.key(2)))
+
+
 def loud(params):
     return jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
+
+
+def copy(params):
+    return jax.tree.map(jnp.array, params)
 
 
 def host(tree):
