@@ -10,10 +10,10 @@ from typing import no_type_check
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from llm.generation.config import SamplingConfig
-from llm.generation.sampling import sample
+from llm.generation.sampling import sample, uniform_pairs
 from llm.models.transformer import Cache, Transformer, init_cache
 from llm.models.unstack import unstack, unstacked
 
@@ -38,7 +38,7 @@ class DecodeState:
     token: Int[Array, " B"]  # sampled last; its keys and values are not in the cache yet
     position: Int[Array, " B"]  # of that token
     seen: Bool[Array, "B V"] | None  # tokens of prompt and reply, where there is a penalty on them
-    keys: Key[Array, " B"]
+    uniform: Float[Array, "B M 2"]  # what each token of each sequence is drawn by
     step: Int[Array, ""]  # tokens sampled so far
     generation: Generation
 
@@ -57,16 +57,16 @@ def make_decoder(
     advance(params, state, num_tokens) → DecodeState with up to num_tokens more, fewer when every
     sequence has ended or max_new_tokens are there.
 
-    A prompt is the last `lengths` tokens of its row. Token t of a sequence is drawn with
-    fold_in(key, t) from its own logits: it depends neither on its neighbours nor on padding.
+    A prompt is the last `lengths` tokens of its row. Token t of a sequence is drawn by its key's
+    t-th numbers from its own logits: it depends neither on its neighbours nor on padding.
     """
     eos = jnp.asarray(list(eos_ids), jnp.int32)
 
     def accept(state: DecodeState, logits: Float[Array, "B V"]) -> DecodeState:
         """Sample a token from the logits and write it down where the sequence goes on."""
         out, step = state.generation, state.step
-        keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, step)
-        token, log_probs = sample(logits, keys, sampling, state.seen)
+        uniform = jax.lax.dynamic_index_in_dim(state.uniform, step, axis=1, keepdims=False)
+        token, log_probs = sample(logits, uniform, sampling, state.seen)
         going_on = ~out.finished
         token = jnp.where(going_on, token, pad_id)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step, axis=1)
@@ -121,8 +121,9 @@ def make_decoder(
             jnp.zeros(batch, jnp.int32),
             jnp.zeros(batch, bool),
         )
+        uniform = uniform_pairs(keys, sampling.max_new_tokens)
         state = DecodeState(
-            cache, jnp.zeros(batch, jnp.int32), lengths - 1, seen, keys, jnp.int32(0), nothing
+            cache, jnp.zeros(batch, jnp.int32), lengths - 1, seen, uniform, jnp.int32(0), nothing
         )
         return accept(state, logits)
 

@@ -1,6 +1,6 @@
 """From logits to the next token: penalty, temperature, filters, draw. Generation floor.
 
-Pure functions of (logits, key); every row of a batch is treated by itself, with its own key.
+Pure functions of logits and uniform random numbers; every row of a batch is treated by itself.
 """
 
 import jax
@@ -72,9 +72,17 @@ def sampling_logits(
     return logits
 
 
+def uniform_pairs(keys: Key[Array, " B"], num_tokens: int) -> Float[Array, "B M 2"]:
+    """Return the numbers in [0, 1) that each row's tokens are drawn by: of its own key alone.
+
+    All at once: a generator that runs in the loop over tokens costs as much as the draws.
+    """
+    return jax.vmap(lambda key: jax.random.uniform(key, (num_tokens, 2), jnp.float32))(keys)
+
+
 def sample(
     logits: Logits,
-    keys: Key[Array, " B"],
+    uniform: Float[Array, "B 2"],
     config: SamplingConfig,
     seen: Bool[Array, "B V"] | None = None,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
@@ -82,13 +90,14 @@ def sample(
     its log softmax(logits / temperature), in nats, before penalty and filters.
 
     The second is what a trainer that divides its logits by the temperature computes for the same
-    token; temperature 0 counts as 1. Row b depends on its own logits, key and seen tokens alone.
+    token; temperature 0 counts as 1. Row b depends on its own logits, numbers in [0, 1) and seen
+    tokens alone.
     """
     kept = sampling_logits(logits, config, seen)
     if config.temperature == 0.0:
         tokens = jnp.argmax(kept, axis=-1).astype(jnp.int32)
     else:
-        tokens, log_z = jax.vmap(_draw)(keys, kept)
+        tokens, log_z = jax.vmap(_draw)(uniform, kept)
     if config.temperature not in (0.0, 1.0):
         logits = logits / config.temperature
     if not config.is_plain:  # or the draw has added up the very same exponentials
@@ -97,21 +106,28 @@ def sample(
 
 
 def _draw(
-    key: Key[Array, ""], logits: Float[Array, " V"]
+    uniform: Float[Array, " 2"], logits: Float[Array, " V"]
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """Return a token from softmax(logits), drawn as its block of the vocabulary and then out of
     that, and the logsumexp of the logits.
 
-    As exact as one draw over all tokens, whose random numbers (one for each) would cost more than
-    everything else that happens to the logits.
+    One draw over all tokens would need sums over the whole vocabulary in order, or a random number
+    for each of them. Probabilities are those of the logits to the numbers' 2⁻²³.
     """
     padding = -logits.shape[0] % BLOCK_TOKENS
     blocks = jnp.pad(logits, (0, padding), constant_values=-jnp.inf).reshape(-1, BLOCK_TOKENS)
-    block_key, token_key = jax.random.split(key)
     totals = jax.nn.logsumexp(blocks, axis=-1)
-    block = jax.random.categorical(block_key, totals)
-    token = block * BLOCK_TOKENS + jax.random.categorical(token_key, blocks[block])
-    return token.astype(jnp.int32), jax.nn.logsumexp(totals)
+    block = _invert(uniform[0], totals)
+    return block * BLOCK_TOKENS + _invert(uniform[1], blocks[block]), jax.nn.logsumexp(totals)
+
+
+def _invert(uniform: Float[Array, ""], logits: Float[Array, " N"]) -> Int[Array, ""]:
+    """Return the first place up to which softmax(logits) adds up to more than a number in [0, 1).
+
+    Never one of probability 0, at which the sum does not rise.
+    """
+    heights = jnp.cumsum(jnp.exp((logits - jnp.max(logits)).astype(jnp.float32)))
+    return jnp.sum(heights <= uniform * heights[-1], dtype=jnp.int32)
 
 
 def _keep_heaviest(logits: Logits, weights: Float[Array, "B V"], target: float) -> Logits:

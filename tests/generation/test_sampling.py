@@ -117,9 +117,9 @@ def chi_square(counts, probabilities):
 )
 def test_draws_follow_the_exact_probabilities(config, exact):
     draws, exact = 20_000, np.asarray(exact)
-    keys = jax.random.split(jax.random.key(7), draws)
+    uniform = jax.random.uniform(jax.random.key(7), (draws, 2))
     logits = jnp.broadcast_to(LOGITS, (draws, 4))
-    tokens, _ = jax.jit(lambda x, k: sampling.sample(x, k, config))(logits, keys)
+    tokens, _ = jax.jit(lambda x, u: sampling.sample(x, u, config))(logits, uniform)
     counts = np.bincount(tokens, minlength=4)
     possible = exact > 0
     assert counts[~possible].sum() == 0
@@ -131,11 +131,11 @@ def test_draws_follow_the_exact_probabilities_over_many_blocks_of_the_vocabulary
     size, draws = 3 * sampling.BLOCK_TOKENS + 7, 40_000
     logits = np.random.default_rng(0).normal(0, 0.5, size).astype(np.float32)
     logits[sampling.BLOCK_TOKENS : 2 * sampling.BLOCK_TOKENS] = -np.inf  # a whole block
-    keys = jax.random.split(jax.random.key(3), draws)
+    uniform = jax.random.uniform(jax.random.key(3), (draws, 2))
     sample = jax.jit(
-        lambda keys: sampling.sample(jnp.tile(logits, (draws, 1)), keys, SamplingConfig())
+        lambda uniform: sampling.sample(jnp.tile(logits, (draws, 1)), uniform, SamplingConfig())
     )
-    tokens, log_probs = sample(keys)
+    tokens, log_probs = sample(uniform)
     counts = np.bincount(tokens, minlength=size)
     possible = np.isfinite(logits)
     assert counts[~possible].sum() == 0 and len(counts) == size
@@ -146,21 +146,37 @@ def test_draws_follow_the_exact_probabilities_over_many_blocks_of_the_vocabulary
     assert chi_square(counts[possible], exact) < 355.8
 
 
-def test_a_row_depends_on_its_own_logits_and_key_alone():
-    keys = jax.random.split(jax.random.key(0), 5)
+@pytest.mark.parametrize("size", [4, 128, 129, 400])
+def test_the_ends_of_the_interval_draw_the_first_and_the_last_possible_token(size):
+    logits = jnp.full((2, size), -jnp.inf).at[:, jnp.array([1, size - 2])].set(0.0)
+    uniform = jnp.array([[0.0, 0.0], [1 - 2.0**-23, 1 - 2.0**-23]])
+    tokens, _ = sampling.sample(logits, uniform, SamplingConfig())
+    assert tokens.tolist() == [1, size - 2]
+
+
+def test_a_sequences_numbers_hang_on_its_key_alone():
+    keys = jax.random.split(jax.random.key(0), 3)
+    numbers = sampling.uniform_pairs(keys, 50)
+    assert len(np.unique(numbers)) == numbers.size
+    np.testing.assert_array_equal(sampling.uniform_pairs(keys[1:2], 50)[0], numbers[1])
+    np.testing.assert_array_equal(sampling.uniform_pairs(keys, 7), numbers[:, :7])
+
+
+def test_a_row_depends_on_its_own_logits_and_numbers_alone():
+    uniform = jax.random.uniform(jax.random.key(0), (5, 2))
     logits = jax.random.normal(jax.random.key(1), (5, 40))
     config = SamplingConfig(temperature=1.5, top_p=0.95)
-    together, _ = sampling.sample(logits, keys, config)
-    alone = [sampling.sample(logits[i : i + 1], keys[i : i + 1], config)[0] for i in range(5)]
+    together, _ = sampling.sample(logits, uniform, config)
+    alone = [sampling.sample(logits[i : i + 1], uniform[i : i + 1], config)[0] for i in range(5)]
     assert together.tolist() == np.concatenate(alone).tolist()
 
 
 def test_temperature_zero_takes_the_likeliest_of_what_the_penalty_leaves():
     config = SamplingConfig(temperature=0.0, repetition_penalty=1.5)
-    logits, keys = jnp.array([[3.0, 2.5, 1.0]]), jax.random.split(jax.random.key(0), 1)
+    logits, uniform = jnp.array([[3.0, 2.5, 1.0]]), jnp.array([[0.9, 0.9]])
     seen = jnp.array([[True, False, False]])
-    assert sampling.sample(logits, keys, SamplingConfig(temperature=0.0))[0].tolist() == [0]
-    assert sampling.sample(logits, keys, config, seen)[0].tolist() == [1]
+    assert sampling.sample(logits, uniform, SamplingConfig(temperature=0.0))[0].tolist() == [0]
+    assert sampling.sample(logits, uniform, config, seen)[0].tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -169,11 +185,11 @@ def test_temperature_zero_takes_the_likeliest_of_what_the_penalty_leaves():
 @pytest.mark.parametrize("temperature, weights", [(1.0, [1, 4, 1, 2]), (0.5, [1, 16, 1, 4]),
                                                   (0.0, [1, 4, 1, 2])])  # fmt: skip
 def test_log_probs_are_of_the_temperature_and_not_of_the_filters(temperature, weights, filters):
-    keys = jax.random.split(jax.random.key(2), 50)
+    uniform = jax.random.uniform(jax.random.key(2), (50, 2))
     logits = jnp.broadcast_to(LOGITS + 3.0, (50, 4))
     config = SamplingConfig(temperature=temperature, **filters)
     seen = jnp.zeros((50, 4), bool).at[:, 1].set(True)
-    tokens, log_probs = sampling.sample(logits, keys, config, seen)
+    tokens, log_probs = sampling.sample(logits, uniform, config, seen)
     assert len(set(tokens.tolist())) > 1 or temperature == 0.0
     np.testing.assert_allclose(log_probs, np.log(weights / np.sum(weights))[tokens], rtol=1e-5)
 
