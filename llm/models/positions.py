@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -46,7 +47,20 @@ def rotary_angles(
     # float32: at bf16 a position beyond 256 is already rounded to the wrong angle
     frequencies = jnp.asarray(rotary_frequencies(config), jnp.float32)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jax.lax.platform_dependent(angles, cpu=_cos_sin_apart, default=_cos_sin)
+
+
+def _cos_sin(angles: Float[Array, "B T 1 h"]) -> tuple[jax.Array, jax.Array]:
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def _cos_sin_apart(angles: Float[Array, "B T 1 h"]) -> tuple[jax.Array, jax.Array]:
+    """Return the same out of a loop, which XLA does not fuse into what reads it.
+
+    On CPUs it would, and work them out again for every head of every layer: slow functions there.
+    """
+    pair = jax.lax.map(lambda i: jnp.where(i == 0, *_cos_sin(angles)), jnp.arange(2))
+    return pair[0], pair[1]
 
 
 def apply_rotary(
