@@ -39,10 +39,12 @@ def reward(prompts, responses) -> list[float]:
 def measure_ours(folder: Path) -> dict:
     from configs.schema import RlhfConfig
     from experiments.entry import tune_for_cpu
+    from experiments.loading import load_start
     from experiments.rlhf import rlhf
     from llm.data.config import SourceConfig
     from llm.models.config import ComputeConfig
     from llm.rl.config import AlgorithmConfig, KLConfig, RewardConfig, RolloutConfig
+    from llm.rl.prompts import load_prompts
     from llm.training.config import OptimizerConfig
     from llm.training.metrics import read_metrics
     from llm.training.run_config import RunConfig
@@ -76,12 +78,40 @@ def measure_ours(folder: Path) -> dict:
     }
     steps = [row["perf/step_seconds"] for row in rows if "perf/step_seconds" in row]
     tokens = statistics.median(row["rl/response_tokens"] for row in rows) * PROMPTS * GROUP
+    tokenizer = load_start(str(folder), str(workdir)).tokenizer
+    prompts = load_prompts(config.prompts, tokenizer, max_tokens=32, max_bad_rows=0).prompts
+    lengths = statistics.mean(len(prompt.tokens) for prompt in prompts)
+    bound = read_bandwidth() / bytes_per_token(lengths)
     return {
+        "cache_bound_tokens_per_second": bound,
         "step_seconds": statistics.median(steps),
         "generation_share": seconds["generation"] / statistics.median(steps),
         "generated_tokens_per_second": tokens / seconds["generation"],
         **{f"{name}_seconds": value for name, value in seconds.items()},
     }
+
+
+def bytes_per_token(prompt_tokens: float) -> float:
+    """Return what one more token of one sequence has to read: its keys and values, half written on
+    average, and its share of the weights, read once for all sequences. Float32."""
+    cached = 2 * LAYERS * WIDTH * (prompt_tokens + RESPONSE_TOKENS / 2)
+    weights = VOCAB * WIDTH + LAYERS * WIDTH * (4 * WIDTH + 3 * MLP)
+    return 4.0 * (cached + weights / (PROMPTS * GROUP))
+
+
+def read_bandwidth() -> float:
+    """Return bytes a second that a sum over 512 MiB, far more than any cache, reads here."""
+    import jax
+    import jax.numpy as jnp
+
+    numbers = jnp.ones(2**27, jnp.float32)
+    total = jax.jit(jnp.sum)
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        jax.block_until_ready(total(numbers))
+        seconds.append(time.perf_counter() - started)
+    return numbers.nbytes / min(seconds)
 
 
 def measure_trl(folder: Path) -> dict:
