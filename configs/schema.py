@@ -67,6 +67,7 @@ class PretrainConfig(TrainingConfig):
     """`experiments.pretrain`: a causal language model from packed text."""
 
     model: TransformerConfig = TransformerConfig()
+    init_scale: float = 1.0  # of kernels and tables, over the model's own initialisation
     # Length of the run: one of the two.
     total_steps: int | None = None
     total_tokens: int | None = None

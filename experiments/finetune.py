@@ -63,7 +63,9 @@ def finetune(config: FinetuneConfig, workdir: str) -> None:
         config.trainable, model_config, param_shapes(model), adapted=config.adapter.rank > 0
     )
     loss_fn = make_causal_lm_loss(model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens)
-    optimizer = make_optimizer(config.optimizer, split(logical_axes(model), rates)[0])
+    optimizer = make_optimizer(
+        config.optimizer, split(logical_axes(model), rates)[0], width_ratio=model_config.width_ratio
+    )
     schedule = make_schedule(
         config.schedule, total_steps=total_steps, tokens_per_step=config.tokens_per_step
     )

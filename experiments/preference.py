@@ -55,7 +55,9 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
     rates = make_rates(config.trainable, start.config, param_shapes(model), adapted=models.shared)
     if config.preference.needs_reference:
         models.check_rates({"policy": rates})
-    optimizer = make_optimizer(config.optimizer, split(logical_axes(model), rates)[0])
+    optimizer = make_optimizer(
+        config.optimizer, split(logical_axes(model), rates)[0], width_ratio=start.config.width_ratio
+    )
     schedule = make_schedule(
         config.schedule, total_steps=total_steps, tokens_per_step=config.tokens_per_step
     )

@@ -42,7 +42,9 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
     # Model
     model = Transformer(config.model, config.compute)
     loss_fn = make_causal_lm_loss(model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens)
-    optimizer = make_optimizer(config.optimizer, logical_axes(model))
+    optimizer = make_optimizer(
+        config.optimizer, logical_axes(model), width_ratio=config.model.width_ratio
+    )
     schedule = make_schedule(
         config.schedule, total_steps=config.num_steps, tokens_per_step=config.tokens_per_step
     )
@@ -90,7 +92,9 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
     )
     with jax.set_mesh(mesh), run:
         tokenizer.save(run.workdir / "tokenizer")
-        state = init_state(model, optimizer, mesh, config.seed, ema=ema)
+        state = init_state(
+            model, optimizer, mesh, config.seed, ema=ema, init_scale=config.init_scale
+        )
 
         # Restore
         state, batches = run.restore(state, batches)

@@ -62,7 +62,9 @@ def train_reward(config: RewardModelConfig, workdir: str) -> None:
     rates = make_rates(
         config.trainable, model_config, param_shapes(model), adapted=config.adapter.rank > 0
     )
-    optimizer = make_optimizer(config.optimizer, split(logical_axes(model), rates)[0])
+    optimizer = make_optimizer(
+        config.optimizer, split(logical_axes(model), rates)[0], width_ratio=model_config.width_ratio
+    )
     schedule = make_schedule(
         config.schedule, total_steps=total_steps, tokens_per_step=config.tokens_per_step
     )

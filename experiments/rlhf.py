@@ -79,7 +79,9 @@ def rlhf(
     models = make_models(config, start)
     spec = models.spec()
     rates = make_rates(config.trainable, start.config, spec.shapes, adapted=config.adapter.rank > 0)
-    optimizer = make_optimizer(config.optimizer, split(spec.axes, rates)[0])
+    optimizer = make_optimizer(
+        config.optimizer, split(spec.axes, rates)[0], width_ratio=start.config.width_ratio
+    )
     schedule = make_schedule(
         config.schedule, total_steps=config.total_steps, tokens_per_step=tokens_per_step
     )

@@ -8,6 +8,7 @@ from llm.data.tokenizers import Tokenizer, load_tokenizer
 from llm.interop.checkpoint import Checkpoint
 from llm.interop.families import FAMILIES, config_from_huggingface, family_named, family_of
 from llm.interop.layout import check_params, load_params, read_param, tensors
+from llm.interop.mup import fold_mup
 from llm.interop.new_directory import new_directory
 from llm.interop.safetensors_files import open_safetensors, write_safetensors
 from llm.models.config import TransformerConfig
@@ -61,6 +62,7 @@ def save_huggingface(
       ValueError: the directory exists and is not empty, no Hugging Face family has such a model
         (says what each would need), or the params are not those of the config.
     """
+    config, params = fold_mup(config, params)
     model_type = family_of(config)
     check_params(config, params)
     by_name = {tensor.name: tensor for tensor in tensors(FAMILIES[model_type].rows, config)}

@@ -49,11 +49,27 @@ class TransformerConfig:
     vocab_multiple: int = 128
     # "gpt2": std 0.02, residual outputs / sqrt(2L). "fan_in": 1/sqrt(fan in), residual outputs 0.
     initializer: Literal["gpt2", "fan_in"] = "gpt2"
+    # muP: at this width (and head width) it changes nothing; a model of another width, whose heads
+    # and feed-forward grow as it does, trains best at the same learning rate. See width_ratio.
+    mup_base_width: int | None = None
+    mup_base_head_dim: int | None = None  # None: heads are as wide as the base's
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding table: the true vocabulary rounded up to `vocab_multiple`."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def width_ratio(self) -> float | None:
+        """Width over muP's base width; None without muP.
+
+        The head's output is divided by it, and the optimizer's updates as `make_optimizer` says;
+        kernels begin with 1/sqrt(ratio) of the base's standard deviation, head and tables with the
+        base's; attention's scale goes as 1/H in place of 1/sqrt(H).
+
+        Source: Yang et al. 2022, arXiv:2203.03466, table 8 and definition 4.1.
+        """
+        return None if self.mup_base_width is None else self.width / self.mup_base_width
 
     @property
     def num_cycles(self) -> int:
@@ -102,6 +118,13 @@ class TransformerConfig:
         _require(
             self.positions != "rotary" or self.head_dim % 2 == 0,
             f"model.head_dim={self.head_dim}: rotary positions need an even head width",
+        )
+        for name in ("mup_base_width", "mup_base_head_dim"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"model.{name}={value}: must be positive")
+        _require(
+            self.mup_base_head_dim is None or self.mup_base_width is not None,
+            "model.mup_base_head_dim needs mup_base_width",
         )
         _require(
             0.0 <= self.dropout_rate < 1.0,

@@ -86,6 +86,8 @@ class Attention(nn.Module):
             key = Norm("rmsnorm", c.norm_epsilon, dtype, name="key_norm")(key)
         if inputs.rotary is not None:
             query, key = apply_rotary(query, *inputs.rotary), apply_rotary(key, *inputs.rotary)
+        if c.mup_base_head_dim is not None:  # 1/H in all, as far as it is not the base's
+            query = query * jnp.asarray((c.mup_base_head_dim / h) ** 0.5, query.dtype)
         pattern = inputs.patterns[self.kind]
         key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
         if cache is not None:
@@ -183,7 +185,8 @@ def kernel_init(config: TransformerConfig, spec: str, shape: tuple[int, ...], re
     modded-nanogpt and nanochat practice.
     """
     if config.initializer == "gpt2":
-        return nn.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5 if residual else 0.02)
+        std = 0.02 / (config.width_ratio or 1.0) ** 0.5
+        return nn.initializers.normal(std / (2 * config.num_layers) ** 0.5 if residual else std)
     if residual:
         return nn.initializers.zeros_init()
     return nn.initializers.normal(fan_in(spec, shape) ** -0.5)

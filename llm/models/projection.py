@@ -61,12 +61,15 @@ class Projection(nn.Module):
     dtype: jnp.dtype = jnp.float32
     float32_output: bool = False
     adapter: AdapterConfig = AdapterConfig()
+    multiplier: float = 1.0  # of the product, for muP
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.dtype)
         product = float32_product if self.float32_output else jnp.einsum
         y = product(_in_kernel_order(self.spec), x, self._kernel().astype(self.dtype))
+        if self.multiplier != 1.0:
+            y = y * jnp.asarray(self.multiplier, y.dtype)
         if self.adapter.rank and self.name in self.adapter.targets:
             y = y + self._low_rank(x)
         if not self.use_bias:

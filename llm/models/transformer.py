@@ -12,6 +12,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
@@ -85,10 +86,15 @@ class Transformer(nn.Module):
             self.final_norm = Norm(c.norm, c.norm_epsilon, dtype)
         self.embedding_dropout = nn.Dropout(c.dropout_rate)
         if not c.tied_head:
-            shape, spec = (c.width, c.padded_vocab_size), "BTD,DV->BTV"
-            init = nn.initializers.normal(0.02 if c.initializer == "gpt2" else c.width**-0.5)
+            base_width = c.width if c.mup_base_width is None else c.mup_base_width
             self.head = Projection(
-                spec, shape, ("embed", "vocab"), init, dtype=dtype, float32_output=True
+                "BTD,DV->BTV",
+                (c.width, c.padded_vocab_size),
+                ("embed", "vocab"),
+                nn.initializers.normal(0.02 if c.initializer == "gpt2" else base_width**-0.5),
+                dtype=dtype,
+                float32_output=True,
+                multiplier=1 / (c.width_ratio or 1.0),
             )
 
     def __call__(self, tokens: Tokens, **kwargs):
@@ -157,7 +163,10 @@ class Transformer(nn.Module):
     def unembed(self, hidden: Hidden) -> Float[Array, "B T V"]:
         """Return float32 logits over the padded vocabulary; the padding's are −inf."""
         c = self.config
-        logits = self.embedder.attend(hidden) if c.tied_head else self.head(hidden)
+        if c.tied_head:
+            logits = self.embedder.attend(hidden, 1 / (c.width_ratio or 1.0))
+        else:
+            logits = self.head(hidden)
         if c.head_softcap is not None:
             logits = jnp.tanh(logits / c.head_softcap) * c.head_softcap
         if c.padded_vocab_size != c.vocab_size:
@@ -192,8 +201,9 @@ class Embedder(nn.Module):
         table = constrain(self.embedding, self.axes[0], "activation_embed")
         return jnp.take(table, index, axis=0)
 
-    def attend(self, hidden: Hidden) -> Float[Array, "B T V"]:
-        return float32_product("BTD,VD->BTV", hidden, self.embedding.astype(hidden.dtype))
+    def attend(self, hidden: Hidden, multiplier: float = 1.0) -> Float[Array, "B T V"]:
+        logits = float32_product("BTD,VD->BTV", hidden, self.embedding.astype(hidden.dtype))
+        return logits if multiplier == 1.0 else logits * jnp.asarray(multiplier, logits.dtype)
 
 
 # A Transformer, a ScalarModel, or several of them by name, whose parameters are trees by name.
@@ -204,6 +214,15 @@ def init_params(model: Model, key: jax.Array) -> dict:
     """Return freshly initialised parameters as a plain nested dict of float32 arrays."""
     # unboxed: boxed axis names would be shifted silently by a vmap over seeds
     return nn.unbox(_init(model, key))
+
+
+def scale_params(params: dict, factor: ArrayLike) -> dict:
+    """Return parameters with kernels and tables multiplied: another scale of initialisation."""
+
+    def one(path, leaf):
+        return leaf * factor if path[-1].key in ("kernel", "embedding") else leaf
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def head_params(config: TransformerConfig, params: dict) -> dict:

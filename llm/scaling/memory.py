@@ -54,7 +54,9 @@ def count_training_memory(
     """
     model = Transformer(config, compute)
     shapes = param_shapes(model)
-    state = jax.eval_shape(make_optimizer(optimizer, logical_axes(model)).init, shapes)
+    state = jax.eval_shape(
+        make_optimizer(optimizer, logical_axes(model), width_ratio=config.width_ratio).init, shapes
+    )
     averages = tree_bytes(shapes) if optimizer.ema_decay is not None else 0
     shape = dict(batch_sequences=batch_sequences, length_tokens=length_tokens)
     kept = count_activation_bytes(config, compute, **shape)

@@ -1,7 +1,10 @@
 """Optimizers from optax, told by the logical axes which parameter is what. Second floor."""
 
+import math
+
 import jax
 import optax
+from jax.typing import ArrayLike
 from optax.contrib import MuonDimensionNumbers, muon
 
 from llm.models.adapters import is_factor
@@ -10,57 +13,83 @@ from llm.training.config import OptimizerConfig
 _STACKED = "cycle"  # the subtree whose arrays carry the layers on axis 0
 
 
-def make_optimizer(config: OptimizerConfig, axes: dict) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig,
+    axes: dict,
+    *,
+    weight_decay: ArrayLike | None = None,
+    width_ratio: float | None = None,
+) -> optax.GradientTransformation:
     """Return the optimizer at learning rate 1; the train step scales its updates by the schedule.
 
     `axes` are the model's logical axes: they, not an array's rank, say what is a matrix, since
-    layers are stacked. Clipping is the train step's.
+    layers are stacked. Clipping is the train step's. A `weight_decay`, which may be traced,
+    replaces the config's.
+
+    With a `width_ratio`, a model's width over its muP base's, updates of matrices inside layers are
+    muP's: Adam's, Lion's and Adafactor's divided by the ratio, their decay not, as in the authors'
+    MuAdamW; Muon's of spectral norm sqrt(fan out / fan in).
+
+    Source: Yang et al. 2022, arXiv:2203.03466, table 8 and appendix B.3; Yang, Simon & Bernstein
+    2023, arXiv:2310.17813, section 3 for Muon.
     """
+    weight_decay = config.weight_decay if weight_decay is None else weight_decay
     decay = jax.tree_util.tree_map_with_path(
         lambda path, _: _decays(path, config.decay_embeddings), axes, is_leaf=_is_axes
     )
     match config.name:
-        case "adamw":
-            return optax.adamw(
-                1.0,
-                config.beta1,
-                config.beta2,
-                config.epsilon,
-                weight_decay=config.weight_decay,
-                mask=decay,
-            )
-        case "lion":
-            return optax.lion(
-                1.0, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decay
-            )
-        case "adafactor":
-            return _each_layer_apart(
-                optax.adafactor(
-                    1.0,
-                    multiply_by_parameter_scale=False,
-                    decay_rate=0.8,
-                    weight_decay_rate=config.weight_decay or None,
-                    weight_decay_mask=lambda tree: jax.tree_util.tree_map_with_path(
-                        lambda path, _: _decays(path, config.decay_embeddings), tree
-                    ),
-                )
-            )
         case "muon":
-            return _muon(config, axes, decay)
+            return _muon(config, axes, decay, weight_decay, spectral=width_ratio is not None)
+        case "adamw":
+            direction = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+        case "lion":
+            direction = optax.scale_by_lion(config.beta1, config.beta2)
+        case "adafactor":
+            adafactor = optax.adafactor(1.0, multiply_by_parameter_scale=False, decay_rate=0.8)
+            direction = optax.chain(_each_layer_apart(adafactor), optax.scale(-1.0))
+    if width_ratio is not None:
+        direction = optax.chain(direction, _divide_matrices(axes, width_ratio))
+    return optax.chain(direction, optax.add_decayed_weights(weight_decay, decay), optax.scale(-1.0))
 
 
-def _muon(config: OptimizerConfig, axes: dict, decay: dict) -> optax.GradientTransformation:
+def _divide_matrices(axes: dict, width_ratio: float) -> optax.GradientTransformation:
+    """Divide the updates of matrices inside layers, whose fan in grows as the width does."""
+    factors = jax.tree_util.tree_map_with_path(
+        lambda path, names: 1 / width_ratio if _is_matrix(path, names) else 1.0,
+        axes,
+        is_leaf=_is_axes,
+    )
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
+
+
+def _muon(
+    config: OptimizerConfig, axes: dict, decay: dict, weight_decay: ArrayLike, *, spectral: bool
+) -> optax.GradientTransformation:
     """Return Muon for the matrices inside layers and AdamW for the rest.
 
     Decay comes after both: optax's own would shrink norms and biases too, which have no mask there.
     """
     dimensions = muon_dimensions(axes)
     adam_rate = config.adam_learning_rate / config.learning_rate
-    by_muon = jax.tree.map(
-        lambda numbers: numbers is not None, dimensions, is_leaf=lambda x: not isinstance(x, dict)
-    )
+    is_leaf = lambda x: not isinstance(x, dict)  # noqa: E731
+    by_muon = jax.tree.map(lambda numbers: numbers is not None, dimensions, is_leaf=is_leaf)
     decay_muon = jax.tree.map(lambda decays, ours: decays and ours, decay, by_muon)
     decay_adam = jax.tree.map(lambda decays, ours: decays and not ours, decay, by_muon)
+
+    def to_spectral_norm(updates, _):
+        """From optax's sqrt(max(1, fan out / fan in)) to sqrt(fan out / fan in)."""
+
+        def one(numbers, update):
+            if numbers is None:
+                return update
+            inputs, outputs = (
+                math.prod(update.shape[i] for i in side)
+                for side in (numbers.reduction_axis, numbers.output_axis)
+            )
+            return update * min(1.0, outputs / inputs) ** 0.5
+
+        return jax.tree.map(one, dimensions, updates, is_leaf=is_leaf)
+
     return optax.chain(
         muon(
             1.0,
@@ -71,8 +100,9 @@ def _muon(config: OptimizerConfig, axes: dict, decay: dict) -> optax.GradientTra
             adam_learning_rate=adam_rate,
             muon_weight_dimension_numbers=dimensions,
         ),
-        optax.add_decayed_weights(-config.weight_decay, decay_muon),
-        optax.add_decayed_weights(-config.weight_decay * adam_rate, decay_adam),
+        optax.stateless(to_spectral_norm) if spectral else optax.identity(),
+        optax.add_decayed_weights(-weight_decay, decay_muon),
+        optax.add_decayed_weights(-weight_decay * adam_rate, decay_adam),
     )
 
 
@@ -84,8 +114,7 @@ def muon_dimensions(axes: dict) -> dict:
     """
 
     def one(path, names):
-        inside = {n for n in names if n != "layers"}
-        if path[-1].key != "kernel" or "vocab" in inside or "embed" not in inside:
+        if not _is_matrix(path, names):
             return None
         width = tuple(i for i, n in enumerate(names) if n == "embed")
         other = tuple(i for i, n in enumerate(names) if n not in ("embed", "layers"))
@@ -93,6 +122,12 @@ def muon_dimensions(axes: dict) -> dict:
         return MuonDimensionNumbers(*((width, other) if first else (other, width)))
 
     return jax.tree_util.tree_map_with_path(one, axes, is_leaf=_is_axes)
+
+
+def _is_matrix(path, names: tuple[str | None, ...]) -> bool:
+    """Whether a parameter is a matrix inside a layer: a kernel with the residual width on one side
+    and no vocabulary on the other."""
+    return path[-1].key == "kernel" and "embed" in names and "vocab" not in names
 
 
 def _decays(path, embeddings: bool) -> bool:

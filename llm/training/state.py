@@ -7,9 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, UInt32
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int, Key, UInt32
 
-from llm.models.transformer import Model, init_params, logical_axes, param_shapes
+from llm.models.transformer import (
+    Model,
+    init_params,
+    logical_axes,
+    param_shapes,
+    scale_params,
+)
 from llm.parallel.rules import make_shardings
 from llm.training.trainable import Rates, overlay, split
 
@@ -49,20 +56,37 @@ def init_state(
     ema: bool = False,
     params: dict | None = None,
     rates: Rates | None = None,
+    init_scale: float = 1.0,
 ) -> TrainState:
     """Return a fresh state, each array made on its own devices; `params` replace random ones.
     (Of a spec they must be given.)
 
-    Optimizer and average are of the parameters that `rates` (see `make_rates`) let learn.
+    Optimizer and average are of the parameters that `rates` (see `make_rates`) let learn. Random
+    kernels and tables are multiplied by `init_scale`.
     """
 
     def fresh(key, given):
-        params = init_params(model, key) if given is None else given
-        return _new_state(params, optimizer, key, ema, rates)
+        if given is None:
+            return fresh_state(model, optimizer, key, init_scale, ema=ema, rates=rates)
+        return _new_state(given, optimizer, key, ema, rates)
 
     key = jax.random.key(seed)
     shardings = state_shardings(model, optimizer, mesh, ema=ema, rates=rates)
     return jax.jit(fresh, out_shardings=shardings)(key, params)
+
+
+def fresh_state(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    init_scale: ArrayLike,
+    *,
+    ema: bool = False,
+    rates: Rates | None = None,
+) -> TrainState:
+    """Return a fresh state with random parameters: a pure function, to be jitted or vmapped."""
+    params = scale_params(init_params(model, key), init_scale)
+    return _new_state(params, optimizer, key, ema, rates)
 
 
 def state_shardings(

@@ -45,13 +45,45 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Return the jitted step. It donates the state, and takes this host's slice of the batch.
 
+    Each is a `make_step_fn` step at the config's learning rate.
+    """
+    step = make_step_fn(
+        loss_fn,
+        optimizer,
+        config,
+        schedule,
+        accumulate_steps=accumulate_steps,
+        rates=rates,
+        count=count,
+    )
+    replicated = NamedSharding(mesh, PartitionSpec())
+    jitted = jax.jit(
+        lambda state, batch: step(state, batch, config.learning_rate),
+        donate_argnums=0,
+        out_shardings=(shardings, replicated),
+    )
+    return lambda state, batch: jitted(state, place_batch(batch, mesh))
+
+
+def make_step_fn(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    config: OptimizerConfig,
+    schedule: Schedule,
+    *,
+    accumulate_steps: int = 1,
+    rates: Rates | None = None,
+    count: str = "tokens",
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Array]]]:
+    """Return (state, batch, peak learning rate) → (state, metrics), pure and not yet jitted.
+
     Sums are divided by the one named `count`. A step whose loss or gradient is not finite leaves
     parameters, optimizer and EMA untouched and counts itself in `skipped_in_a_row`; one of padding
     alone leaves them too. The step number and the data cursor move on.
     """
     apply_gradients = make_apply_gradients(optimizer, config, rates)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Batch, peak_rate) -> tuple[TrainState, dict[str, Array]]:
         cursor = batch["cursor"]
         arrays = {name: x for name, x in batch.items() if name != "cursor"}
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -63,7 +95,7 @@ def make_train_step(
             key,
             accumulate_steps,
         )
-        learning_rate = config.learning_rate * schedule(state.step)
+        learning_rate = peak_rate * schedule(state.step)
         learnt = Learnt(trainable, state.opt_state, state.ema_params)
         learnt, norm, finite = apply_gradients(learnt, grads, sums[count], objective, learning_rate)
         skipped = jnp.where(finite, 0, state.skipped_in_a_row + 1)
@@ -81,9 +113,7 @@ def make_train_step(
         )
         return state, metrics
 
-    replicated = NamedSharding(mesh, PartitionSpec())
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
-    return lambda state, batch: jitted(state, place_batch(batch, mesh))
+    return step
 
 
 def make_apply_gradients(

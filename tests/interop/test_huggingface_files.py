@@ -235,3 +235,27 @@ def test_nothing_there_is_said_so(tmp_path):
         load_weights(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="has no config.json"):
         load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_mups_multipliers_are_exported_in_the_weights(tmp_path, qk_norm):
+    ours = dataclasses.replace(CONFIG, mup_base_width=4, mup_base_head_dim=2, qk_norm=qk_norm)
+    params = random_params(ours)
+    save_huggingface(tmp_path / "model", ours, params)
+    loaded = load_huggingface(tmp_path / "model")
+    assert loaded.config.width_ratio is None
+    tokens = jax.numpy.arange(12)[None]
+    logits = Transformer(ours).apply({"params": params}, tokens)
+    np.testing.assert_allclose(
+        Transformer(loaded.config).apply({"params": loaded.params}, tokens),
+        logits,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_a_tied_head_cannot_hold_mups_multiplier(tmp_path):
+    tied = dataclasses.replace(CONFIG, mup_base_width=4, tied_head=True)
+    with pytest.raises(ValueError, match="tied_head=False"):
+        save_huggingface(tmp_path / "model", tied, random_params(tied))
+    assert not (tmp_path / "model").exists()
