@@ -142,6 +142,8 @@ class DataConfig:
     packing: Packing = "global"
     # Seed of the order of documents and rows; apart from the model's seed.
     seed: int = 0
+    # Train on so many packed rows only, drawn once, however long the run: repeated data. None: all.
+    unique_rows: int | None = None
     # Bad rows skipped per source before preparation stops.
     max_bad_rows: int = 100
     # Share of held-out documents that may (nearly) occur in training before preparation fails.
@@ -156,6 +158,10 @@ class DataConfig:
         for name in ("length_tokens", "batch_sequences"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be positive")
+        if self.unique_rows is not None and (self.unique_rows < 1 or self.packing == "online"):
+            raise ValueError(
+                f"data.unique_rows is {self.unique_rows}: it must be positive, and packing global"
+            )
         chats = [name for name, source in self.sources.items() if source.format != "text"]
         if chats and self.packing == "online":
             raise ValueError(f"data.sources.{chats[0]} holds conversations: packing must be global")

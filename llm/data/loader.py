@@ -25,7 +25,8 @@ class PackedRows:
     """Random access to the endless sequence of packed rows of a mixture.
 
     With weights, source s gives its share of the rows and starts a new epoch of its own whenever
-    it is used up. Without, one epoch is every row of every source once, in one common order.
+    it is used up. Without, one epoch is every row of every source once, in one common order; or,
+    with `unique_rows`, so many of them, drawn once.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class PackedRows:
         weights: Mapping[str, float] | None,
         row_length: int,
         seed: int,
+        unique_rows: int | None = None,
     ):
         self._mixture = None
         if weights is None:
@@ -60,12 +62,13 @@ class PackedRows:
                     "or set its weight to 0"
                 )
         self._num_rows = np.array([plan.num_rows for plan in self._plans])
+        self._drawn = self._draw(unique_rows)
         self._order = functools.lru_cache(2 * len(names))(self._row_order)
 
     def num_rows(self, num_epochs: int) -> int:
         """Return how many rows can be read before one is read for the num_epochs + 1st time."""
         if self._mixture is None:
-            return int(self._num_rows.sum()) * num_epochs
+            return self._rows_per_epoch * num_epochs
         return self._mixture.first_row_beyond(self._num_rows * num_epochs)
 
     def read(self, rows: Int[np.ndarray, " rows"], num_sequences: int) -> Batch:
@@ -90,8 +93,10 @@ class PackedRows:
     ) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
         """Return the source of each global row and the row of that source's pack plan."""
         if self._mixture is None:
-            epoch, place = np.divmod(rows, self._num_rows.sum())
+            epoch, place = np.divmod(rows, self._rows_per_epoch)
             union_row = self._ordered(-1, epoch, place)
+            if self._drawn is not None:
+                union_row = self._drawn[union_row]
             ends = np.cumsum(self._num_rows)
             source = np.searchsorted(ends, union_row, side="right")
             return source, union_row - (ends - self._num_rows)[source]
@@ -112,7 +117,25 @@ class PackedRows:
     def _row_order(self, source: int, epoch: int) -> np.ndarray:
         if source >= 0:
             return self._plans[source].row_order(epoch)
-        return permutation(int(self._num_rows.sum()), "rows", self._seed, epoch)
+        return permutation(self._rows_per_epoch, "rows", self._seed, epoch)
+
+    @property
+    def _rows_per_epoch(self) -> int:
+        """Rows of an epoch of all sources in one order."""
+        return int(self._num_rows.sum()) if self._drawn is None else len(self._drawn)
+
+    def _draw(self, unique_rows: int | None) -> np.ndarray | None:
+        """Return the rows that are ever read, of all sources' one after the other; None: all."""
+        if unique_rows is None:
+            return None
+        total = int(self._num_rows.sum())
+        if self._mixture is not None:
+            raise ValueError(
+                "data.unique_rows draws from all sources together: leave out their weights"
+            )
+        if not 0 < unique_rows <= total:
+            raise ValueError(f"data.unique_rows={unique_rows}: there are {total} rows")
+        return permutation(total, "unique rows", self._seed)[:unique_rows]
 
 
 def _fill_rows(
@@ -233,6 +256,7 @@ def make_batches(
     prefetch: int = 4,
     cursor: int = 0,
     num_epochs: int | None = None,
+    unique_rows: int | None = None,
 ) -> Batches:
     """Return the batches of a mixture, endless unless `num_epochs` is given.
 
@@ -248,12 +272,13 @@ def make_batches(
       cursor: rows consumed before, by a run that goes on.
       num_epochs: stop before any row would be read more often; the last batch is padded with
         rows of zero loss weight.
+      unique_rows: read so many of the rows only, drawn once; without weights.
 
     Raises:
       ValueError: the batch does not divide by the hosts, or a name, weight or cursor is wrong.
     """
     local_sequences(global_batch_sequences, host_index, host_count)
-    rows = PackedRows(splits, weights, row_length, seed)
+    rows = PackedRows(splits, weights, row_length, seed, unique_rows)
     end_row = MAX_CURSOR if num_epochs is None else min(MAX_CURSOR, rows.num_rows(num_epochs))
     batches = Batches(
         rows, end_row, global_batch_sequences, host_index, host_count, num_workers, prefetch

@@ -31,7 +31,7 @@ def make_training_batches(
     if config.packing == "global":
         return make_batches(
             prepared.train, weights, config.length_tokens, config.batch_sequences, config.seed,
-            host_index=host_index, host_count=host_count,
+            host_index=host_index, host_count=host_count, unique_rows=config.unique_rows,
         )  # fmt: skip
     if weights is None:
         if len(config.sources) > 1:

@@ -64,6 +64,30 @@ def test_one_epoch_is_every_pair_once(splits):
     assert pairs_of(one_source) == expected_pairs(splits["code"])
 
 
+def test_unique_rows_are_repeated_in_another_order(splits):
+    batches = make_batches(splits, None, LENGTH, 1, seed=3, unique_rows=10)
+    rows = [tuple(map(int, batch["tokens"][0])) for batch in take(batches, 30)]
+    epochs = [rows[:10], rows[10:20], rows[20:]]
+    assert len(set(rows)) == 10
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    everything = {
+        tuple(map(int, r))
+        for b in take(make_batches(splits, None, LENGTH, 8, 3), 20)
+        for r in b["tokens"]
+    }
+    assert set(rows) <= everything
+    sought = make_batches(splits, None, LENGTH, 1, seed=3, unique_rows=10, cursor=17)
+    assert tuple(map(int, next(sought)["tokens"][0])) == rows[17]
+
+
+def test_unique_rows_must_exist_and_have_no_weights(splits):
+    with pytest.raises(ValueError, match="there are"):
+        make_batches(splits, None, LENGTH, 1, seed=0, unique_rows=10**6)
+    with pytest.raises(ValueError, match="weights"):
+        make_batches(splits, {"prose": 0.5, "code": 0.5}, LENGTH, 1, seed=0, unique_rows=3)
+
+
 def test_rows_are_laid_out_as_the_model_expects(splits):
     (batch,) = take(make_batches(splits, None, LENGTH, 8, seed=1), 1)
     assert {name: (array.dtype.name, array.shape) for name, array in batch.items()} == {
