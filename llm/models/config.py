@@ -40,7 +40,10 @@ class TransformerConfig:
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_placement: Literal["pre", "post"] = "pre"
     norm_epsilon: float = 1e-5
-    activation: Literal["gelu", "gelu_tanh", "relu_squared", "swiglu", "geglu"] = "swiglu"
+    # "none": layers are attention alone.
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu_squared", "swiglu", "geglu", "none"] = (
+        "swiglu"
+    )
     mlp_bias: bool = False
     dropout_rate: float = 0.0
 

@@ -88,6 +88,9 @@ class Attention(nn.Module):
             query, key = apply_rotary(query, *inputs.rotary), apply_rotary(key, *inputs.rotary)
         if c.mup_base_head_dim is not None:  # 1/H in all, as far as it is not the base's
             query = query * jnp.asarray((c.mup_base_head_dim / h) ** 0.5, query.dtype)
+        if self.is_mutable_collection("probes"):
+            self.sow("probes", "seen_query", query)
+            self.sow("probes", "seen_key", key)
         pattern = inputs.patterns[self.kind]
         key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
         if cache is not None:
@@ -133,6 +136,8 @@ class FeedForward(nn.Module):
                 hidden = jax.nn.gelu(up, approximate=False)
             case "gelu_tanh":
                 hidden = jax.nn.gelu(up, approximate=True)
+            case "relu":
+                hidden = jax.nn.relu(up)
             case "relu_squared":
                 hidden = jnp.square(jax.nn.relu(up))
             case "swiglu":
@@ -160,8 +165,8 @@ class Layer(nn.Module):
     ) -> tuple[Hidden, LayerCache | None]:
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         attention_norm = Norm(c.norm, c.norm_epsilon, dtype, name="attention_norm")
-        mlp_norm = Norm(c.norm, c.norm_epsilon, dtype, name="mlp_norm")
         attention = Attention(c, self.compute, self.adapter, self.kind, name="attention")
+        mlp_norm = Norm(c.norm, c.norm_epsilon, dtype, name="mlp_norm")
         mlp = FeedForward(c, self.compute, self.adapter, name="mlp")
 
         def dropout(y):
@@ -170,11 +175,13 @@ class Layer(nn.Module):
         if c.norm_placement == "pre":
             y, cache = attention(attention_norm(x), inputs, cache)
             x = x + dropout(y)
-            x = x + dropout(mlp(mlp_norm(x)))
+            if c.activation != "none":
+                x = x + dropout(mlp(mlp_norm(x)))
         else:
             y, cache = attention(x, inputs, cache)
             x = attention_norm(x + dropout(y))
-            x = mlp_norm(x + dropout(mlp(x)))
+            if c.activation != "none":
+                x = mlp_norm(x + dropout(mlp(x)))
         return constrain(x, "activation_batch", "activation_length", "activation_embed"), cache
 
 

@@ -4,6 +4,7 @@ Parameter counts that each must give are asserted in tests/models/test_presets.p
 """
 
 import dataclasses
+import math
 
 from llm.models.config import TransformerConfig
 
@@ -98,18 +99,24 @@ PRESETS: dict[str, TransformerConfig] = {
 
 
 def from_depth(
-    depth: int, *, vocab_size: int, max_length_tokens: int, head_dim: int = 64
+    depth: int,
+    *,
+    vocab_size: int,
+    max_length_tokens: int,
+    head_dim: int = 64,
+    width_per_layer: int = 64,
 ) -> TransformerConfig:
     """Return our own model of that many layers: the one dial from which its whole shape follows.
 
     Width is 64 a layer, so that depth 12 is 768 wide; heads fill the width. Rotary positions,
     qk-norm, squared ReLU, a free head: nanochat's choices, which train fast at every size.
     """
-    width = 64 * depth
+    width = width_per_layer * depth
     if depth < 1 or width % head_dim:
+        step = head_dim // math.gcd(head_dim, width_per_layer)
         raise ValueError(
             f"depth={depth} gives width {width}, which heads of {head_dim} do not fill; "
-            f"choose a depth that is a multiple of {max(1, head_dim // 64)}"
+            f"choose a depth that is a multiple of {step}"
         )
     return TransformerConfig(
         vocab_size=vocab_size,

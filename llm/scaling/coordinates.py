@@ -4,6 +4,7 @@ Source: Yang et al. 2022, arXiv:2203.03466, appendix D.1: by how much a few step
 activations should not depend on the width. Under the standard parametrisation it does.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from llm.models.config import ComputeConfig, TransformerConfig
 from llm.models.layers import Attention, FeedForward, Layer
-from llm.models.transformer import Transformer, logical_axes
+from llm.models.transformer import Transformer, init_params, logical_axes
 from llm.models.unstack import unstack, unstacked
 from llm.training.config import OptimizerConfig
 from llm.training.loss import make_causal_lm_loss
@@ -87,7 +88,7 @@ def _changes_after(config, optimizer_config, steps: int, seeds, shape) -> dict[s
             "positions": jnp.broadcast_to(jnp.arange(shape[1]), shape),
             "cursor": jnp.uint32(0),
         }
-        state = fresh_state(model, optimizer, key, 1.0)
+        state = fresh_state(functools.partial(init_params, model), optimizer, key, 1.0)
         before = activations(model, state.params, batch["tokens"])
         body = lambda _, state: step(state, batch, optimizer_config.learning_rate)[0]  # noqa: E731
         state = jax.lax.fori_loop(0, steps, body, state)

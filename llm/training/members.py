@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Key, UInt32
 
-from llm.models.transformer import Model
 from llm.training.config import OptimizerConfig
 from llm.training.optimizers import make_optimizer
 from llm.training.schedules import Schedule
@@ -70,7 +69,7 @@ def members_mesh(num_members: int, devices: Sequence[jax.Device] | None = None) 
 
 
 def init_members(
-    model: Model,
+    init: Callable[[Key[Array, ""]], dict],
     axes: dict,
     config: OptimizerConfig,
     members: Sequence[Member],
@@ -78,12 +77,12 @@ def init_members(
     *,
     width_ratio: float | None = None,
 ) -> TrainState:
-    """Return the stacked fresh states of all members."""
+    """Return the stacked fresh states of all members; `init` gives the parameters of a key."""
 
     def one(seed, weight_decay, init_scale) -> TrainState:
         optimizer = make_optimizer(config, axes, weight_decay=weight_decay, width_ratio=width_ratio)
         ema = config.ema_decay is not None
-        return fresh_state(model, optimizer, jax.random.key(seed), init_scale, ema=ema)
+        return fresh_state(init, optimizer, jax.random.key(seed), init_scale, ema=ema)
 
     dials = make_dials(members)
     stacked = jax.vmap(one, out_axes=_STATE_AXES)

@@ -1,5 +1,7 @@
 """Everything a run must keep to go on bitwise. Second floor."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, no_type_check
 
 import flax.struct
@@ -67,7 +69,8 @@ def init_state(
 
     def fresh(key, given):
         if given is None:
-            return fresh_state(model, optimizer, key, init_scale, ema=ema, rates=rates)
+            init = functools.partial(init_params, model)
+            return fresh_state(init, optimizer, key, init_scale, ema=ema, rates=rates)
         return _new_state(given, optimizer, key, ema, rates)
 
     key = jax.random.key(seed)
@@ -76,7 +79,7 @@ def init_state(
 
 
 def fresh_state(
-    model: Model,
+    init: Callable[[Key[Array, ""]], dict],
     optimizer: optax.GradientTransformation,
     key: Key[Array, ""],
     init_scale: ArrayLike,
@@ -84,8 +87,8 @@ def fresh_state(
     ema: bool = False,
     rates: Rates | None = None,
 ) -> TrainState:
-    """Return a fresh state with random parameters: a pure function, to be jitted or vmapped."""
-    params = scale_params(init_params(model, key), init_scale)
+    """Return a fresh state with the parameters of `init`: pure, to be jitted or vmapped."""
+    params = scale_params(init(key), init_scale)
     return _new_state(params, optimizer, key, ema, rates)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llm.models.config import ComputeConfig, TransformerConfig
-from llm.models.transformer import Transformer, logical_axes
+from llm.models.transformer import Transformer, init_params, logical_axes
 from llm.parallel.config import MeshConfig
 from llm.parallel.mesh import make_mesh
 from llm.training.config import OptimizerConfig, ScheduleConfig
@@ -74,7 +74,7 @@ def stacked_batch(data_seeds, step: int) -> dict:
 def together(optimizer: OptimizerConfig, num_devices: int, shared: bool = False):
     mesh = members_mesh(len(MEMBERS), jax.devices()[:num_devices])
     axes = logical_axes(MODEL)
-    state = init_members(MODEL, axes, optimizer, MEMBERS, mesh)
+    state = init_members(functools.partial(init_params, MODEL), axes, optimizer, MEMBERS, mesh)
     step = make_members_step(LOSS, axes, optimizer, SCHEDULE, MEMBERS, mesh)
     losses = []
     for i in range(STEPS):
