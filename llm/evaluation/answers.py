@@ -6,7 +6,7 @@ each token, token accuracy less so, and nats not at all.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def answer_scores(
@@ -14,7 +14,7 @@ def answer_scores(
 ) -> dict[str, Float[Array, ""]]:
     """Return `exact_match`, the share of rows whose every weighted token is the likeliest, which is
     what greedy decoding gets right; `token_accuracy`, the share of those tokens; `answer_nats`, of
-    all tokens of an answer together, averaged over rows.
+    all tokens of an answer together, averaged over rows; and the product of accuracies by place.
 
     Weights are 0 or 1; every row has an answer.
     """
@@ -25,4 +25,15 @@ def answer_scores(
         "exact_match": jnp.mean(jnp.all(right, axis=-1)),
         "token_accuracy": jnp.sum(right * weights) / jnp.sum(weights),
         "answer_nats": -jnp.sum(chosen * weights) / weights.shape[0],
+        "product_of_accuracies": _product_of_accuracies(right, weights),
     }
+
+
+def _product_of_accuracies(
+    right: Bool[Array, "B T"], weights: Float[Array, "B T"]
+) -> Float[Array, ""]:
+    """Return what exact match would be if tokens were right or wrong independently: the product
+    over the answer's places of the share that is right there. Answers are all at one place."""
+    counted = jnp.sum(weights, axis=0)
+    accuracy = jnp.sum(right * weights, axis=0) / jnp.maximum(counted, 1.0)
+    return jnp.prod(jnp.where(counted > 0, accuracy, 1.0))

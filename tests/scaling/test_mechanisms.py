@@ -108,3 +108,4 @@ def test_answers_by_hand():
     assert float(scores["token_accuracy"]) == 0.75
     nats = -(np.log(0.6) + np.log(0.9) + np.log(0.8) + np.log(0.3)) / 2
     assert float(scores["answer_nats"]) == pytest.approx(nats, rel=1e-5)
+    assert float(scores["product_of_accuracies"]) == pytest.approx(1.0 * 0.5)
