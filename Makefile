@@ -1,5 +1,7 @@
 # Everything runs in .venv, which these targets make: nothing but Python >= 3.11 and make is needed.
 #   make speedrun   corpus, tokenizer, pretraining, evaluation and a report, in minutes on a CPU
+#   make scaling    ladders of small models, scaling laws fitted to them, and a report
+#   make emergence  grokking, addition, induction heads, sparse parity, few-shot: and a report
 #   make test       lint, format and all tests
 # PYTHON=... picks the interpreter, ARGS=... adds flags, PYTEST_ARGS=... replaces pytest's.
 
@@ -13,13 +15,19 @@ PYTEST_ARGS ?= -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # By running it: a version manager leaves stand-ins on the PATH for versions it does not have.
 USABLE := 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help speedrun test format clean
+.PHONY: help speedrun scaling emergence test format clean
 
 help:
 	@sed -n 's/^\#   //p' Makefile
 
 speedrun: $(VENV)/.installed
 	$(BIN)/python -m experiments.speedrun --workdir=runs/speedrun $(ARGS)
+
+scaling: $(VENV)/.installed
+	$(BIN)/python -m experiments.scaling --workdir=runs/scaling $(ARGS)
+
+emergence: $(VENV)/.installed
+	$(BIN)/python -m experiments.emergence --workdir=runs/emergence $(ARGS)
 
 test: $(VENV)/.test-installed
 	$(BIN)/ruff check .

@@ -13,6 +13,14 @@ from llm.rl.config import (
     RolloutConfig,
     check_kl_place,
 )
+from llm.scaling.config import LadderConfig
+from llm.scaling.emergence_config import (
+    AdditionConfig,
+    FewShotConfig,
+    GrokkingConfig,
+    InductionConfig,
+    ParityConfig,
+)
 from llm.training.config import (
     OptimizerConfig,
     PreferenceConfig,
@@ -296,3 +304,43 @@ class SpeedrunConfig:
         for name in ("window_stride_tokens", "ngram_order", "samples_per_prompt", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalingConfig:
+    """`experiments.scaling`: ladders of runs, the laws fitted to them, and a report."""
+
+    ladders: dict[str, LadderConfig] = dataclasses.field(default_factory=dict)
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()  # of groups of one run; several are spread over the devices
+    data: DataConfig = DataConfig()
+    run: RunConfig = RunConfig()
+    num_evaluations: int = 8  # of each run, evenly over its steps
+    max_evaluation_sequences: int | None = 128  # held-out rows a source; None: all of them
+    accumulate_steps: int = 1
+    loss_tile_tokens: int = 4096
+    # Of the fits: bootstrap draws, and the share of the runs, those of most FLOPs, that are kept
+    # from the fit that is scored on them.
+    bootstrap_draws: int = 200
+    holdout_fraction: float = 0.2
+
+    def __post_init__(self):
+        if not self.ladders:
+            raise ValueError("ladders is empty: there is nothing to train")
+        if self.num_evaluations < 1:
+            raise ValueError(f"num_evaluations={self.num_evaluations}: must be at least 1")
+        if not 0 <= self.holdout_fraction < 1:
+            raise ValueError(f"holdout_fraction={self.holdout_fraction}: must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class EmergenceConfig:
+    """`experiments.emergence`: one phenomenon or several; a section that is None is left out."""
+
+    grokking: GrokkingConfig | None = None
+    addition: AdditionConfig | None = None
+    induction: InductionConfig | None = None
+    parity: ParityConfig | None = None
+    few_shot: FewShotConfig | None = None
+    compute: ComputeConfig = ComputeConfig()
+    run: RunConfig = RunConfig()

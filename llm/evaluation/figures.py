@@ -161,14 +161,27 @@ def _plot_domains(axes: Axes, rows: MetricRows, metric: str, scale: float) -> st
 
 def draw(height: float = _HEIGHT_INCHES) -> tuple[Drawing, Axes]:
     """Return an empty drawing and its axes, in the house's style."""
-    drawing = Drawing(figsize=(_WIDTH_INCHES, height), layout="constrained")
-    axes = drawing.add_subplot()
+    drawing, (axes,) = draw_panels(1, height=height)
+    return drawing, axes
+
+
+def draw_panels(count: int, *, height: float | None = None) -> tuple[Drawing, list[Axes]]:
+    """Return an empty drawing and so many axes side by side, in the house's style."""
+    width = _WIDTH_INCHES if count == 1 else 0.62 * _WIDTH_INCHES * count
+    height = height or (_HEIGHT_INCHES if count == 1 else 0.8 * _HEIGHT_INCHES)
+    drawing = Drawing(figsize=(width, height), layout="constrained")
+    panels = [drawing.add_subplot(1, count, i + 1) for i in range(count)]
+    for axes in panels:
+        _style(axes)
+    return drawing, panels
+
+
+def _style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=10)
     axes.xaxis.label.set_size(11)
     axes.yaxis.label.set_size(11)
     axes.set_axisbelow(True)
-    return drawing, axes
 
 
 def _finish_curve(axes: Axes, tokens_per_step: float | None) -> None:

@@ -14,7 +14,7 @@ from llm.scaling.coordinates import coordinate_check, growth_exponent
 from llm.training.config import OptimizerConfig
 from llm.training.optimizers import make_optimizer
 
-WIDTHS = (32, 64, 128)
+WIDTHS = (32, 128)
 OPTIMIZERS = {
     "adamw": OptimizerConfig(learning_rate=1e-2),
     "muon": OptimizerConfig(name="muon", learning_rate=2e-2, adam_learning_rate=6e-3),

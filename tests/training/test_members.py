@@ -106,7 +106,7 @@ def alone(optimizer: OptimizerConfig, member: Member):
 
 
 @pytest.mark.parametrize(
-    "name, index", [*(("adamw", i) for i in range(len(MEMBERS))), ("muon", 2), ("muon", 3)]
+    "name, index", [*(("adamw", i) for i in range(2, len(MEMBERS))), ("muon", 2)]
 )
 def test_each_member_is_its_single_run(name, index):
     optimizer = OptimizerConfig(name=name, learning_rate=1e-2, adam_learning_rate=1e-2)

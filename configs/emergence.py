@@ -1,0 +1,135 @@
+"""Five phenomena at the smallest size that shows each, in 40 minutes on 2 CPU cores.
+
+python -m experiments.emergence --workdir=runs/emergence
+"""
+
+import dataclasses
+
+from configs.dataclass_config import to_config_dict
+from configs.schema import EmergenceConfig
+from llm.models.config import TransformerConfig
+from llm.models.presets import from_depth
+from llm.scaling.emergence_config import (
+    AdditionConfig,
+    FewShotConfig,
+    GrokkingConfig,
+    InductionConfig,
+    ParityConfig,
+)
+from llm.training.config import OptimizerConfig, ScheduleConfig
+
+
+def get_config(arg=None):
+    """Return all five; with an argument, "grokking", "addition", …, that one alone."""
+    sections = {
+        "grokking": grokking(modulus=59, train_fraction=0.5, total_steps=3000, seeds=(0, 1)),
+        "addition": addition(),
+        "induction": induction(),
+        "parity": parity(),
+        "few_shot": few_shot(),
+    }
+    if arg is not None:
+        if arg not in sections:
+            raise ValueError(f"no phenomenon {arg!r}; they are {', '.join(sections)}")
+        sections = {arg: sections[arg]}
+    return to_config_dict(EmergenceConfig(**sections))
+
+
+def grokking(*, modulus: int, train_fraction: float, total_steps: int, seeds) -> GrokkingConfig:
+    return GrokkingConfig(
+        modulus=modulus,
+        train_fraction=train_fraction,
+        total_steps=total_steps,
+        seeds=seeds,
+        num_evaluations=100,
+        weight_decays=(1.0, 0.0),
+        model=TransformerConfig(
+            vocab_size=modulus + 1,
+            vocab_multiple=1,
+            width=128,
+            num_layers=1,
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=32,
+            mlp_width=512,
+            max_length_tokens=3,
+            positions="learned",
+            activation="relu",
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, beta2=0.98, clip_norm=None),
+    )
+
+
+def addition() -> AdditionConfig:
+    return AdditionConfig(
+        digits=(2,),
+        num_examples=(500, 1000, 2000),
+        num_held_out=500,
+        total_steps=1000,
+        num_evaluations=20,
+        models={f"w{width}": small(width, num_layers=2, vocab=12) for width in (32, 64)},
+        optimizer=OptimizerConfig(learning_rate=3e-3, beta2=0.98),
+        schedule=ScheduleConfig(name="linear", warmup_steps=50, final_fraction=0.0),
+    )
+
+
+def induction() -> InductionConfig:
+    return InductionConfig(
+        batch_sequences=16,
+        num_held_out=32,
+        total_steps=1500,
+        models={
+            f"{layers} layer{'s' * (layers > 1)}": TransformerConfig(
+                vocab_size=64,
+                vocab_multiple=1,
+                width=64,
+                num_layers=layers,
+                num_heads=4,
+                num_kv_heads=4,
+                head_dim=16,
+                max_length_tokens=64,
+                activation="none",
+            )
+            for layers in (1, 2)
+        },
+        optimizer=OptimizerConfig(learning_rate=1e-3, beta2=0.98, weight_decay=0.01),
+        schedule=ScheduleConfig(name="constant", warmup_steps=50),
+    )
+
+
+def parity() -> ParityConfig:
+    return ParityConfig(
+        num_subtasks=50,
+        num_bits=30,
+        subset_bits=3,
+        batch_rows=2048,
+        total_steps=4000,
+        widths=(16, 32, 64, 128, 256),
+        optimizer=OptimizerConfig(learning_rate=1e-3, beta2=0.999, weight_decay=0.0),
+    )
+
+
+def few_shot() -> FewShotConfig:
+    return FewShotConfig(
+        word_letters=3,
+        shots=(0, 1, 2, 4),
+        batch_sequences=32,
+        num_held_out=256,
+        total_steps=2000,
+        num_evaluations=20,
+        seeds=(0, 1),
+        models={
+            f"w{width}": small(width, num_layers=layers, vocab=28)
+            for width, layers in ((16, 1), (32, 2), (64, 2), (96, 3))
+        },
+        optimizer=OptimizerConfig(learning_rate=2e-3, beta2=0.98),
+        schedule=ScheduleConfig(name="linear", warmup_steps=50, final_fraction=0.0),
+    )
+
+
+def small(width: int, *, num_layers: int, vocab: int) -> TransformerConfig:
+    """Return our own kind of model, of that width and heads of 16."""
+    model = from_depth(
+        1, vocab_size=vocab, max_length_tokens=64, head_dim=16, width_per_layer=width
+    )
+    return dataclasses.replace(model, num_layers=num_layers, vocab_multiple=1)

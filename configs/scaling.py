@@ -1,0 +1,47 @@
+"""Scaling curves in 40 minutes on 2 CPU cores: four budgets, learning-rate transfer, repeated text.
+
+python -m experiments.scaling --workdir=runs/scaling [--dry_run]
+"""
+
+from configs.dataclass_config import to_config_dict
+from configs.schema import ScalingConfig
+from configs.speedrun import builder
+from llm.scaling.config import LadderConfig
+from llm.training.config import OptimizerConfig, ScheduleConfig
+
+_DECAY = ScheduleConfig(name="linear", warmup_steps=10, final_fraction=0.0)
+_SMALL = dict(width_per_layer=16, head_dim=16, schedule=_DECAY)
+_MUON = OptimizerConfig(name="muon", learning_rate=0.02, adam_learning_rate=6e-3, weight_decay=0.1)
+
+
+def get_config(arg=None):
+    rates = tuple(2.0**-k for k in range(4, 12))
+    adamw = OptimizerConfig(learning_rate=2.0**-7, beta2=0.95)
+    widths = dict(depths=(2, 4, 8), num_layers=2, tokens=(200_000,), learning_rates=rates, **_SMALL)
+    ladders = {
+        "isoflop": LadderConfig(
+            depths=(2, 3, 4, 5, 6, 8),
+            flops=(2e11, 6e11, 2e12, 6e12),
+            learning_rates=(0.02,),
+            optimizer=_MUON,
+            **_SMALL,
+        ),
+        "standard": LadderConfig(optimizer=adamw, **widths),
+        "mup": LadderConfig(optimizer=adamw, mup_base_depth=2, **widths),
+        "repeated": LadderConfig(
+            depths=(4,),
+            tokens=(2_000_000,),
+            learning_rates=(0.02,),
+            unique_tokens=(None, 500_000, 125_000, 31_250),
+            optimizer=_MUON,
+            **_SMALL,
+        ),
+    }
+    config = to_config_dict(ScalingConfig(ladders=ladders))
+    for name in ("english_prose", "stdlib_code"):
+        config.data.sources[name] = builder(name)
+    config.data.tokenizer.vocab_size = 1024
+    config.data.length_tokens = 128
+    config.data.batch_sequences = 8
+    config.run.save_every_steps = 500
+    return config

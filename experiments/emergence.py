@@ -1,0 +1,99 @@
+"""Train small models in which a skill emerges, score it three ways, and write a report.
+
+    python -m experiments.emergence --config=configs/emergence.py --workdir=runs/emergence
+    python -m experiments.emergence --config=configs/emergence_grokking.py --workdir=runs/grokking
+
+Phenomena: grokking, addition, induction heads, multitask sparse parity, few-shot learning; a
+section of the config each. Called again it goes on where it stopped. Every evaluation of every run
+is a row of {phenomenon}.csv and .parquet.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow.parquet
+from etils import epath
+
+from configs.schema import EmergenceConfig
+from experiments import entry
+from experiments.ladder import write_table
+from experiments.phenomena.addition import describe_addition, train_addition
+from experiments.phenomena.common import Findings, Row
+from experiments.phenomena.few_shot import describe_few_shot, train_few_shot
+from experiments.phenomena.grokking import describe_grokking, train_grokking
+from experiments.phenomena.induction import describe_induction, train_induction
+from experiments.phenomena.parity import describe_parity, train_parity
+from experiments.run_flags import WORKDIR
+from experiments.stages import Stages
+from llm.evaluation.facts import hardware_facts, version_facts
+from llm.evaluation.report import Report, Section, write_report
+from llm.evaluation.tables import facts_table, format_duration, wall_time_table
+from llm.parallel.mesh import start_distributed
+from llm.training.files import write_atomically
+from llm.training.run_config import check_config, record_config
+
+
+def studies(config: EmergenceConfig) -> dict[str, tuple[Any, Callable[..., list[Row]], Callable]]:
+    """Return, by phenomenon, its section of the config, what trains, and what tells of the rows."""
+    every = {
+        "grokking": (config.grokking, train_grokking, describe_grokking),
+        "addition": (config.addition, train_addition, describe_addition),
+        "induction": (config.induction, train_induction, describe_induction),
+        "parity": (config.parity, train_parity, describe_parity),
+        "few_shot": (config.few_shot, train_few_shot, describe_few_shot),
+    }
+    return {name: study for name, study in every.items() if study[0] is not None}
+
+
+def main(config: EmergenceConfig) -> None:
+    start_distributed()
+    workdir, fields = epath.Path(WORKDIR.value), dataclasses.asdict(config)
+    changes = check_config(workdir, fields, allow_change=config.run.allow_config_change)
+    workdir.mkdir(parents=True, exist_ok=True)
+    record_config(workdir, fields, changes)
+    stages = Stages(workdir)
+
+    findings: dict[str, Findings] = {}
+    for name, (section, train, describe) in studies(config).items():
+
+        def study(name=name, train=train, section=section) -> None:
+            write_table(train(section, config, workdir / name), workdir / name)
+
+        stages.run(name, study)
+        findings[name] = describe(section, read_table(workdir / name))
+    write_emergence_report(workdir, findings, stages.wall_seconds)
+    print(f"report: {workdir / 'report.html'} (and report.md, summary.json, a table a phenomenon)")
+
+
+def read_table(path: epath.Path) -> list[Row]:
+    """Return the rows of path.parquet, without empty cells."""
+    with (path.parent / f"{path.name}.parquet").open("rb") as file:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    return [{name: x for name, x in row.items() if x is not None} for row in rows]
+
+
+def write_emergence_report(
+    workdir: epath.Path, findings: dict[str, Findings], wall_seconds: dict[str, float]
+) -> None:
+    """Write report.md, report.html and summary.json."""
+    hardware, versions = hardware_facts(), version_facts()
+    summary: dict[str, Any] = {name: found.summary for name, found in findings.items()}
+    summary |= {"wall_seconds": wall_seconds, "hardware": hardware, "versions": versions}
+    write_atomically(workdir / "summary.json", json.dumps(entry.plain(summary), indent=1))
+    sections = (
+        *(found.section for found in findings.values()),
+        Section("Wall time", tables=(wall_time_table(wall_seconds),)),
+        Section("Made with", tables=(facts_table(hardware), facts_table(versions))),
+    )
+    headline = {
+        "phenomena": ", ".join(findings),
+        "wall time": format_duration(wall_seconds["total"]),
+        "command": f"python -m experiments.emergence --workdir={workdir}",
+    }
+    write_report(Report("Emergence in small models", headline, sections), workdir)
+
+
+if __name__ == "__main__":
+    entry.run(main, EmergenceConfig, default_config="configs/emergence.py")

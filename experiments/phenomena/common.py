@@ -1,0 +1,200 @@
+"""What the studies of emergence share: the training of a group, and the rows that it leaves."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from configs.schema import EmergenceConfig
+from experiments.members import train_members
+from llm.data.synthetic.batches import Batch, Sequences, as_batch
+from llm.evaluation.answers import answer_scores
+from llm.evaluation.report import Section
+from llm.models.config import TransformerConfig
+from llm.models.transformer import Transformer, init_params, logical_axes
+from llm.scaling.accounting import num_params
+from llm.scaling.emergence_config import StudyConfig
+from llm.training.loss import make_causal_lm_loss
+from llm.training.members import Member
+from llm.training.metrics import read_metrics
+from llm.training.run import Run
+from llm.training.schedules import make_schedule
+from llm.training.state import TrainState
+from llm.training.step import LossFn
+
+Row = dict[str, Any]
+LEARNT = 0.99  # a share right that counts as learnt
+# (params, batch) → numbers by name; arrays come out one number an entry, as name_{i}.
+Measure = Callable[[dict, Batch], dict[str, jax.Array]]
+
+
+class Findings(NamedTuple):
+    """What the rows of a phenomenon say: its section of the report, numbers for summary.json."""
+
+    section: Section
+    summary: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """A model as training sees it."""
+
+    init: Callable[[jax.Array], dict]
+    axes: dict
+    loss_fn: LossFn
+    num_params: int
+
+
+def transformer(
+    config: TransformerConfig, common: EmergenceConfig
+) -> tuple[Transformer, Trainable]:
+    """Return a transformer, and what training needs of it."""
+    model = Transformer(config, common.compute)
+    return model, Trainable(
+        functools.partial(init_params, model),
+        logical_axes(model),
+        make_causal_lm_loss(model),
+        num_params(config),
+    )
+
+
+def train_group(
+    workdir: epath.Path,
+    common: EmergenceConfig,
+    study: StudyConfig,
+    trainable: Trainable,
+    members: Sequence[Member],
+    batches: Any,
+    measures: Mapping[str, tuple[Measure, Batch]],
+    *,
+    tokens_per_step: int,
+    facts: Mapping[str, Any],
+) -> TrainState:
+    """Train members of one shape to the end, or go on; `facts` tell their config from others'.
+
+    `measures` are what is evaluated: a function of one member's parameters and of a batch, whose
+    arrays have the members' own on axis 0 ([R …]), or one for all ([1 …]).
+    """
+    fields = {
+        "study": dataclasses.asdict(study),
+        "facts": dict(facts),
+        "compute": dataclasses.asdict(common.compute),
+        "members": [dataclasses.asdict(member) for member in members],
+    }
+    every_steps = -(-study.total_steps // study.num_evaluations)
+    run = Run(
+        workdir,
+        fields,
+        dataclasses.replace(common.run, save_every_steps=0, save_every_seconds=30.0),
+        total_steps=study.total_steps,
+        tokens_per_step=tokens_per_step * len(members),
+    )
+    return train_members(
+        run,
+        members,
+        init=trainable.init,
+        axes=trainable.axes,
+        loss_fn=trainable.loss_fn,
+        optimizer=study.optimizer,
+        schedule=make_schedule(
+            study.schedule, total_steps=study.total_steps, tokens_per_step=tokens_per_step
+        ),
+        batches=batches,
+        evaluate=make_measuring(measures, len(members)),
+        evaluate_every_steps=every_steps,
+    )
+
+
+def make_measuring(
+    measures: Mapping[str, tuple[Measure, Batch]], num_members: int
+) -> Callable[[Run, TrainState], None]:
+    """Return (run, state) → None: every measure of every member, to the log as
+    member_{i}/eval/{measure}/{name}."""
+
+    def mapped(measure: Measure, batch: Batch):
+        shared = next(iter(batch.values())).shape[0] == 1 and num_members > 1
+        arrays = {name: x[0] if shared else x for name, x in batch.items()}
+        both = jax.jit(jax.vmap(measure, in_axes=(0, None if shared else 0)))
+        return lambda params: both(params, arrays)
+
+    functions = {name: mapped(measure, batch) for name, (measure, batch) in measures.items()}
+
+    def evaluate(run: Run, state: TrainState) -> None:
+        metrics = {}
+        for measure, function in functions.items():
+            for name, values in jax.device_get(function(state.params)).items():
+                for i, value in enumerate(values):
+                    for suffix, number in _numbers(value):
+                        metrics[f"member_{i}/eval/{measure}/{name}{suffix}"] = number
+        run.write_metrics(metrics)
+
+    return evaluate
+
+
+def _numbers(value) -> list[tuple[str, float]]:
+    if value.ndim == 0:
+        return [("", float(value))]
+    return [(f"_{j}", float(x)) for j, x in enumerate(value.reshape(-1))]
+
+
+def stacked(sequences: Sequence[Sequences]) -> Batch:
+    """Return evaluation batches side by side: [R B …]."""
+    batches = [as_batch(rows) for rows in sequences]
+    return {name: jax.numpy.stack([b[name] for b in batches]) for name in batches[0]}
+
+
+def answers_of(model: Transformer) -> Measure:
+    """Return the measure of answers by exact match, token accuracy and nats."""
+
+    def measure(params: dict, batch: Batch) -> dict[str, jax.Array]:
+        logits = model.apply(
+            {"params": params},
+            batch["tokens"],
+            segment_ids=batch["segment_ids"],
+            positions=batch["positions"],
+        )
+        logits = logits[..., : model.config.vocab_size]
+        return answer_scores(logits, batch["targets"], batch["loss_weights"])
+
+    return measure
+
+
+def read_rows(
+    workdir: epath.Path,
+    members: Sequence[Member],
+    facts: Mapping[str, Any],
+    told: Sequence[Mapping[str, Any]] | None = None,
+) -> list[Row]:
+    """Return one row for each evaluation of each member: facts of the group, what is `told` of the
+    member, its seed and decay, the step, and `{measure}/{name}` columns."""
+    told = told or [{}] * len(members)
+    about = [
+        {**facts, **of, "seed": member.seed, "weight_decay": member.weight_decay}
+        for member, of in zip(members, told, strict=True)
+    ]
+    rows = []
+    for line in read_metrics(workdir):
+        for i, of in enumerate(about):
+            prefix = f"member_{i}/eval/"
+            found = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
+            if found:
+                rows.append(of | {"step": int(line["step"])} | found)
+    return rows
+
+
+def first_step(rows: Sequence[Row], metric: str, least: float = LEARNT) -> int | None:
+    """Return the first step at which a metric of one run reaches a level; None: never."""
+    reached = [row["step"] for row in rows if row.get(metric, -np.inf) >= least]
+    return min(reached, default=None)
+
+
+def runs_of(rows: Sequence[Row], *names: str) -> dict[tuple, list[Row]]:
+    """Return the rows of each run, by the values of the given columns and its seed."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault((*(row[name] for name in names), row["seed"]), []).append(row)
+    return found

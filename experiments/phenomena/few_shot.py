@@ -1,0 +1,123 @@
+"""Few-shot learning of a task mixture: accuracy by model size and by number of examples shown."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from configs.schema import EmergenceConfig
+from experiments.phenomena.common import (
+    Findings,
+    Row,
+    answers_of,
+    read_rows,
+    stacked,
+    train_group,
+    transformer,
+)
+from experiments.phenomena.figures import METRICS, metrics_figure
+from llm.data.synthetic.batches import TaskBatches
+from llm.data.synthetic.few_shot import FUNCTIONS, LETTERS, few_shot_mixture, few_shot_rows
+from llm.evaluation.report import Section, Table
+from llm.scaling.emergence_config import FewShotConfig
+from llm.training.members import Member
+
+
+def train_few_shot(
+    config: FewShotConfig, common: EmergenceConfig, workdir: epath.Path
+) -> list[Row]:
+    """Train every model on the mixture; evaluate the last answer after 0, 1, 2, … examples."""
+    members = [
+        Member(config.optimizer.learning_rate, config.optimizer.weight_decay, seed, seed)
+        for seed in config.seeds
+    ]
+    examples = max(config.shots) + 1
+    task = few_shot_mixture(config.word_letters, examples)
+    function = np.arange(config.num_held_out) % len(FUNCTIONS)
+    held_out = {
+        shots: stacked(
+            [
+                few_shot_rows(
+                    np.random.default_rng([10**6, shots]),
+                    function,
+                    config.word_letters,
+                    shots + 1,
+                    last_only=True,
+                )
+            ]
+        )
+        for shots in config.shots
+    }
+    length = examples * (2 * config.word_letters + 2) - 2
+    rows = []
+    for name, shape in config.models.items():
+        model, trainable = transformer(shape, common)
+        facts = {"model": name, "params": trainable.num_params}
+        train_group(
+            workdir / name,
+            common,
+            config,
+            trainable,
+            members,
+            TaskBatches([task] * len(members), list(config.seeds), config.batch_sequences),
+            {f"shots_{n}": (answers_of(model), batch) for n, batch in held_out.items()},
+            tokens_per_step=config.batch_sequences * length,
+            facts=facts,
+        )
+        rows += read_rows(workdir / name, members, facts)
+    return rows
+
+
+def describe_few_shot(config: FewShotConfig, rows: Sequence[Row]) -> Findings:
+    """Return accuracy by size and by number of examples shown."""
+    final = [row for row in rows if row["step"] == config.total_steps]
+    table = []
+    for name in config.models:
+        found = [row for row in final if row["model"] == name]
+        means = [np.mean([row[f"shots_{n}/exact_match"] for row in found]) for n in config.shots]
+        table.append((name, found[0]["params"], *map(float, means)))
+    most = max(config.shots)
+    by_shots = [
+        row | {"shots": n} | {f"shown/{m}": row[f"shots_{n}/{m}"] for m in METRICS}
+        for row in final
+        for n in config.shots
+    ]
+    chance = float(LETTERS) ** -config.word_letters
+    figures = (
+        metrics_figure(
+            "few-shot-size",
+            by_shots,
+            measure="shown",
+            x="params",
+            label="parameters",
+            log=True,
+            by=lambda row: f"{row['shots']} examples",
+            chance=chance,
+            caption="At the end of training, by number of examples shown; bands: range over seeds.",
+            description="Few-shot accuracy and nats over model size.",
+        ),
+        metrics_figure(
+            "few-shot-training",
+            rows,
+            measure=f"shots_{most}",
+            x="step",
+            label="training step",
+            by=lambda row: row["model"],
+            chance=chance,
+            caption=f"After {most} examples, over training, by model.",
+            description="Few-shot accuracy and nats over training.",
+        ),
+    )
+    text = (
+        f"Rows show one of {len(FUNCTIONS)} functions of words ({', '.join(FUNCTIONS)}) by "
+        "examples alone; models learn the mixture and are asked for the answer of a new word after "
+        "so many. Without any, the function can only be guessed."
+    )
+    summary = {
+        row[0]: dict(zip((f"{n}_shots" for n in config.shots), row[2:], strict=True))
+        for row in table
+    }
+    columns = ("Model", "Parameters", *(f"{n} examples" for n in config.shots))
+    caption = "Exact match of held-out words, mean over seeds."
+    section = Section("Few-shot learning", text, (Table(columns, tuple(table), caption),), figures)
+    return Findings(section, summary)

@@ -1,0 +1,152 @@
+"""Grokking: modular addition is known by heart long before it is understood."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from configs.schema import EmergenceConfig
+from experiments.phenomena.common import (
+    LEARNT,
+    Findings,
+    Row,
+    answers_of,
+    first_step,
+    read_rows,
+    runs_of,
+    stacked,
+    train_group,
+    transformer,
+)
+from experiments.phenomena.figures import curves, lines_figure, metrics_figure
+from llm.data.synthetic.batches import Sequences, Task, TaskBatches
+from llm.data.synthetic.modular import modular_addition
+from llm.evaluation.report import Section, Table
+from llm.scaling.emergence_config import GrokkingConfig
+from llm.scaling.fourier import fourier_power, key_frequencies
+from llm.training.members import Member
+
+
+def train_grokking(
+    config: GrokkingConfig, common: EmergenceConfig, workdir: epath.Path
+) -> list[Row]:
+    """Train all seeds with every decay; evaluate both splits and the embedding's spectrum."""
+    members = [
+        Member(config.optimizer.learning_rate, decay, seed=seed, data_seed=seed)
+        for decay, seed in itertools.product(config.weight_decays, config.seeds)
+    ]
+    splits = [modular_addition(config.modulus, config.train_fraction, m.data_seed) for m in members]
+    model, trainable = transformer(config.model, common)
+    train, test = ([split[i] for split in splits] for i in range(2))
+    facts = {"modulus": config.modulus, "params": trainable.num_params}
+
+    def spectrum(params, batch):
+        return {"power": fourier_power(params["embedder"]["embedding"][: config.modulus])}
+
+    train_group(
+        workdir,
+        common,
+        config,
+        trainable,
+        members,
+        TaskBatches(
+            [whole(rows) for rows in train], [m.seed for m in members], len(train[0].tokens)
+        ),
+        {
+            "train": (answers_of(model), stacked(train)),
+            "test": (answers_of(model), stacked(test)),
+            "spectrum": (spectrum, stacked(test[:1])),
+        },
+        tokens_per_step=train[0].weights.size,
+        facts=facts,
+    )
+    return read_rows(workdir, members, facts)
+
+
+def whole(rows: Sequences) -> Task:
+    """Return the task that gives all rows each time."""
+    return lambda generator, count: rows
+
+
+def describe_grokking(config: GrokkingConfig, rows: Sequence[Row]) -> Findings:
+    """Return when each run knew its pairs and when it understood, and the embedding's spectrum."""
+    table, summary = [], {}
+    for (decay, seed), run in sorted(runs_of(rows, "weight_decay").items(), reverse=True):
+        train, test = (first_step(run, f"{split}/exact_match") for split in ("train", "test"))
+        last = max(run, key=lambda row: row["step"])
+        power = np.array([last[f"spectrum/power_{k}"] for k in range(config.modulus // 2)])
+        keys = key_frequencies(power)
+        table.append((decay, seed, train, test, last["test/exact_match"], len(keys)))
+        summary[f"decay_{decay:g}/seed_{seed}"] = {
+            "train_step": train,
+            "test_step": test,
+            "test_exact_match": last["test/exact_match"],
+            "frequencies_for_90_percent": len(keys),
+        }
+    splits = [
+        row | {"split": split, "shown/exact_match": row[f"{split}/exact_match"]}
+        for row in rows
+        for split in ("train", "test")
+    ]
+    by_split = curves(
+        splits,
+        "step",
+        "shown/exact_match",
+        lambda row: f"{row['split']}, decay {row['weight_decay']:g}",
+    )
+    spectra = {
+        f"decay {decay:g}, seed {seed}": (
+            np.arange(1, config.modulus // 2 + 1, dtype=float),
+            np.array([[run[-1][f"spectrum/power_{k}"]] for k in range(config.modulus // 2)]),
+        )
+        for (decay, seed), run in sorted(runs_of(rows, "weight_decay").items(), reverse=True)
+        if seed == config.seeds[0]
+    }
+    figures = (
+        lines_figure(
+            "grokking",
+            by_split,
+            x_label="training step",
+            y_label="share right",
+            log_x=True,
+            caption="Training and held-out pairs; bands are the range over seeds.",
+            description=f"Share right of training and held-out pairs, modulus {config.modulus}.",
+        ),
+        metrics_figure(
+            "grokking-metrics",
+            rows,
+            measure="test",
+            x="step",
+            label="training step",
+            by=lambda row: f"decay {row['weight_decay']:g}",
+            chance=1 / config.modulus,
+            caption="Held-out pairs by three metrics.",
+            description="Exact match, token accuracy and nats of held-out pairs over training.",
+        ),
+        lines_figure(
+            "grokking-spectrum",
+            spectra,
+            x_label="frequency",
+            y_label="share of the embedding's variance",
+            caption="The numbers' embedding at the end, by Fourier frequency.",
+            description="Share of the embedding's variance at each frequency at the end.",
+        ),
+    )
+    text = (
+        f"Pairs a, b with a + b modulo {config.modulus}; {config.train_fraction:.0%} of them are "
+        "trained on, all at each step, and both orders of a pair are on one side. A run knows its "
+        f"pairs when it is right on {LEARNT:.0%} of them and has understood when it is right on "
+        "as many of the others. An embedding that has found the group is made of few frequencies; "
+        f"a random one needs most of the {config.modulus // 2} for 90% of its variance."
+    )
+    columns = (
+        "Decay",
+        "Seed",
+        "Knows at step",
+        "Understands at step",
+        "Right at the end",
+        "Frequencies",
+    )
+    section = Section("Grokking", text, (Table(columns, tuple(table)),), figures)
+    return Findings(section, summary)

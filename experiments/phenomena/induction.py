@@ -1,0 +1,128 @@
+"""Induction heads: two layers of attention find what followed last time, and one cannot."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from jax import numpy as jnp
+
+from configs.schema import EmergenceConfig
+from experiments.phenomena.common import (
+    Findings,
+    Measure,
+    Row,
+    answers_of,
+    read_rows,
+    runs_of,
+    stacked,
+    train_group,
+    transformer,
+)
+from experiments.phenomena.figures import curves, lines_figure, metrics_figure
+from llm.data.synthetic.batches import TaskBatches
+from llm.data.synthetic.repeats import repeated_segments, repeated_twice
+from llm.evaluation.report import Section, Table
+from llm.models.transformer import Transformer
+from llm.scaling.emergence_config import InductionConfig
+from llm.scaling.induction import attention_weights, prefix_matching_scores
+from llm.training.members import Member
+
+
+def train_induction(
+    config: InductionConfig, common: EmergenceConfig, workdir: epath.Path
+) -> list[Row]:
+    """Train every model; evaluate on a random segment and its repetition."""
+    members = [
+        Member(config.optimizer.learning_rate, config.optimizer.weight_decay, seed, seed)
+        for seed in config.seeds
+    ]
+    task = repeated_segments(
+        config.vocab_size, config.length_tokens, shortest=config.shortest_segment_tokens
+    )
+    segment = config.length_tokens // 2
+    held_out = stacked(
+        [
+            repeated_twice(
+                np.random.default_rng(10**6), config.vocab_size, segment, config.num_held_out
+            )
+        ]
+    )
+    rows = []
+    for name, shape in config.models.items():
+        model, trainable = transformer(shape, common)
+        facts = {"model": name, "layers": shape.num_layers, "params": trainable.num_params}
+        train_group(
+            workdir / name,
+            common,
+            config,
+            trainable,
+            members,
+            TaskBatches([task] * len(members), list(config.seeds), config.batch_sequences),
+            {
+                "repeat": (answers_of(model), held_out),
+                "heads": (heads_of(model, segment), held_out),
+            },
+            tokens_per_step=config.batch_sequences * config.length_tokens,
+            facts=facts,
+        )
+        rows += read_rows(workdir / name, members, facts)
+    return rows
+
+
+def heads_of(model: Transformer, segment_tokens: int) -> Measure:
+    """Return the measure of the best head's prefix matching, and of every head's."""
+
+    def measure(params, batch):
+        weights = attention_weights(model, params, batch["tokens"])
+        scores = prefix_matching_scores(weights, segment_tokens)
+        return {"best_prefix_matching": jnp.max(scores), "prefix_matching": scores}
+
+    return measure
+
+
+def describe_induction(config: InductionConfig, rows: Sequence[Row]) -> Findings:
+    """Return the best head's prefix matching and the loss on repetitions, by number of layers."""
+    table, summary = [], {}
+    for (name, seed), run in sorted(runs_of(rows, "model").items()):
+        last = max(run, key=lambda row: row["step"])
+        score = last["heads/best_prefix_matching"]
+        tokens = config.length_tokens // 2 - 1
+        table.append(
+            (name, seed, score, last["repeat/token_accuracy"], last["repeat/answer_nats"] / tokens)
+        )
+        summary[f"{name}/seed_{seed}"] = {
+            "best_prefix_matching": score,
+            "token_accuracy": last["repeat/token_accuracy"],
+        }
+    by = lambda row: row["model"]  # noqa: E731
+    figures = (
+        lines_figure(
+            "induction-heads",
+            curves(rows, "step", "heads/best_prefix_matching", by),
+            x_label="training step",
+            y_label="prefix matching of the best head",
+            caption="Attention to the token after the same one before; bands: range over seeds.",
+            description="Prefix-matching score of the best head over training, by layers.",
+        ),
+        metrics_figure(
+            "induction-metrics",
+            rows,
+            measure="repeat",
+            x="step",
+            label="training step",
+            by=by,
+            chance=0.0,
+            caption="The second occurrence of a random segment by three metrics.",
+            description="Exact match, token accuracy and nats of a repetition over training.",
+        ),
+    )
+    text = (
+        "Models of attention alone learn rows of one random segment over and over, of unknown "
+        "length. A head that looks from a token to what followed it last time predicts all but "
+        "the first occurrence; it needs a layer below that tells each token what came before it, "
+        "so one layer cannot have it."
+    )
+    columns = ("Model", "Seed", "Prefix matching", "Token accuracy", "Nats a token")
+    return Findings(
+        Section("Induction heads", text, (Table(columns, tuple(table)),), figures), summary
+    )

@@ -1,0 +1,247 @@
+"""Multitask sparse parity: each skill is learnt at a stroke, their mean falls as a power law."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from configs.schema import EmergenceConfig
+from experiments.phenomena.common import (
+    Findings,
+    Row,
+    Trainable,
+    first_step,
+    read_rows,
+    runs_of,
+    train_group,
+)
+from experiments.phenomena.figures import curves, lines_figure, metrics_figure
+from llm.data.synthetic.parity import SparseParity
+from llm.evaluation.report import Section, Table
+from llm.models.mlp import ParityNetwork
+from llm.scaling.emergence_config import ParityConfig
+from llm.training.members import Member
+
+_HALF = 0.35  # nats of a subtask, half of chance's, below which it counts as learnt
+
+
+def train_parity(config: ParityConfig, common: EmergenceConfig, workdir: epath.Path) -> list[Row]:
+    """Train every width; evaluate each subtask by itself, and their mean by how often they come."""
+    members = [
+        Member(config.optimizer.learning_rate, config.optimizer.weight_decay, seed, seed)
+        for seed in config.seeds
+    ]
+    problems = [
+        SparseParity(
+            config.num_subtasks, config.num_bits, config.subset_bits, config.alpha, member.data_seed
+        )
+        for member in members
+    ]
+    held_out = held_out_rows(problems, config.held_out_rows_per_subtask)
+    rows = []
+    for width in config.widths:
+        network = ParityNetwork(config.num_subtasks, config.num_bits, width)
+        trainable = as_trainable(network)
+        facts = {"model": f"w{width}", "width": width, "params": trainable.num_params}
+        train_group(
+            workdir / f"w{width}",
+            common,
+            config,
+            trainable,
+            members,
+            ParityBatches(problems, [m.data_seed for m in members], config.batch_rows),
+            {"test": (by_subtask(network, jnp.asarray(problems[0].frequencies)), held_out)},
+            tokens_per_step=config.batch_rows,
+            facts=facts,
+        )
+        rows += read_rows(workdir / f"w{width}", members, facts)
+    return rows
+
+
+def as_trainable(network: ParityNetwork) -> Trainable:
+    """Return what training needs of the network."""
+    shapes = (jnp.zeros(1, jnp.int32), jnp.zeros((1, network.num_bits)))
+
+    def boxed(key):
+        return network.init(key, *shapes)["params"]
+
+    def loss_fn(params, batch, key):
+        logits = network.apply({"params": params}, batch["subtask"], batch["bits"])
+        log_probs = jax.nn.log_softmax(logits)
+        chosen = jnp.take_along_axis(log_probs, batch["parity"][:, None], axis=1)[:, 0]
+        loss = -jnp.sum(chosen)
+        return loss, {"loss": loss, "tokens": jnp.float32(len(chosen))}
+
+    example = jax.eval_shape(boxed, jax.random.key(0))
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return Trainable(
+        init=lambda key: nn.unbox(boxed(key)),
+        axes=jax.tree.map(lambda box: box.names, example, is_leaf=is_box),
+        loss_fn=loss_fn,
+        num_params=sum(x.size for x in jax.tree.leaves(example)),
+    )
+
+
+def by_subtask(network: ParityNetwork, frequencies: jax.Array):
+    """Return the measure of accuracy and nats by subtask, and weighed by frequency together."""
+
+    def measure(params, batch):
+        def one(subtask, bits, parity):
+            logits = network.apply({"params": params}, subtask, bits)
+            log_probs = jax.nn.log_softmax(logits)
+            chosen = jnp.take_along_axis(log_probs, parity[:, None], axis=1)[:, 0]
+            right = jnp.argmax(logits, axis=1) == parity
+            return -jnp.mean(chosen), jnp.mean(right)
+
+        nats, accuracy = jax.vmap(one)(batch["subtask"], batch["bits"], batch["parity"])
+        return {
+            "answer_nats": jnp.sum(nats * frequencies),
+            "exact_match": jnp.sum(accuracy * frequencies),
+            "subtask_nats": nats,
+        }
+
+    return measure
+
+
+def held_out_rows(problems: list[SparseParity], each: int) -> dict[str, jax.Array]:
+    """Return rows of every subtask of every member: [R subtasks each …]."""
+    found: dict[str, list[np.ndarray]] = {}
+    for problem in problems:
+        subtasks = np.repeat(np.arange(problem.num_subtasks), each)
+        rows = problem.rows_of(np.random.default_rng([problem.seed, 10**6]), subtasks)
+        for name, array in rows._asdict().items():
+            shaped = array.reshape(problem.num_subtasks, each, *array.shape[1:])
+            found.setdefault(name, []).append(shaped)
+    return {name: jnp.stack(arrays) for name, arrays in found.items()}
+
+
+class ParityBatches:
+    """Batches [R B …] of rows, each a function of problem, seed and place."""
+
+    def __init__(self, problems: list[SparseParity], seeds: list[int], batch_rows: int):
+        self._problems, self._seeds, self._batch_rows = problems, seeds, batch_rows
+        self._cursor = 0
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        index = self._cursor // self._batch_rows
+        rows = [
+            problem.rows(np.random.default_rng([seed, 1, index]), self._batch_rows)._asdict()
+            for problem, seed in zip(self._problems, self._seeds, strict=True)
+        ]
+        self._cursor += self._batch_rows
+        arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return arrays | {"cursor": np.uint32(self._cursor)}
+
+    def seek(self, cursor: int) -> None:
+        self._cursor = int(cursor)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def describe_parity(config: ParityConfig, rows: Sequence[Row]) -> Findings:
+    """Return when each skill was learnt, the mean loss over training, and over size."""
+    final = [row for row in rows if row["step"] == config.total_steps]
+    widest = max(config.widths)
+    learnt = {
+        seed: [
+            first_step(
+                [row | {"right": -row[f"test/subtask_nats_{i}"]} for row in run], "right", -_HALF
+            )
+            for i in range(config.num_subtasks)
+        ]
+        for (width, seed), run in runs_of(rows, "width").items()
+        if width == widest
+    }
+    table = []
+    for width in config.widths:
+        found = [row for row in final if row["width"] == width]
+        nats = [row["test/answer_nats"] for row in found]
+        skills = [
+            sum(row[f"test/subtask_nats_{i}"] < _HALF for i in range(config.num_subtasks))
+            for row in found
+        ]
+        table.append((width, found[0]["params"], np.mean(nats), np.mean(skills)))
+    slope = power_law_exponent([row[1] for row in table], [row[2] for row in table])
+    by_steps = curves(
+        [r for r in rows if r["step"] > 0],
+        "step",
+        "test/answer_nats",
+        lambda r: f"width {r['width']}",
+    )
+    skills = {
+        f"subtask {i + 1}": curves(
+            [
+                r
+                for r in rows
+                if r["width"] == widest and r["step"] > 0 and r["seed"] == config.seeds[0]
+            ],
+            "step",
+            f"test/subtask_nats_{i}",
+            lambda row: 0,
+        )[0]
+        for i in _spread(config.num_subtasks)
+    }
+    figures = (
+        lines_figure(
+            "parity-skills",
+            skills,
+            x_label="training step",
+            y_label="nats",
+            log_x=True,
+            caption=f"Some subtasks, width {widest}, one seed: each falls at a stroke.",
+            description="Loss of single subtasks over training.",
+        ),
+        lines_figure(
+            "parity-mean",
+            by_steps,
+            x_label="training step",
+            y_label="nats, weighed by frequency",
+            log_x=True,
+            log_y=True,
+            caption="All subtasks as often as they come: the steps add up to a smooth fall.",
+            description="Mean loss over training by width.",
+        ),
+        metrics_figure(
+            "parity-size",
+            [row | {"test/token_accuracy": row["test/exact_match"]} for row in final],
+            measure="test",
+            x="params",
+            label="parameters",
+            log=True,
+            by=lambda row: "all subtasks",
+            chance=0.5,
+            caption="At the end of training; of answers of one token accuracy is exact match.",
+            description="Accuracy and loss over the number of parameters.",
+        ),
+    )
+    order = [step for step in learnt[config.seeds[0]] if step is not None]
+    text = (
+        f"{config.num_subtasks} subtasks, each the parity of its own {config.subset_bits} of "
+        f"{config.num_bits} bits, are drawn the less often the later they stand (exponent "
+        f"{config.alpha + 1:g}). A subtask is at chance, 0.69 nats, until learnt, then near 0. "
+        f"At width {widest} {len(order)} of them were learnt in one seed. Over sizes the mean loss "
+        f"falls with exponent {slope:.2f} in the number of parameters."
+    )
+    summary = {
+        "skill_steps": {f"seed_{seed}": steps for seed, steps in learnt.items()},
+        "mean_nats_by_width": {str(row[0]): row[2] for row in table},
+        "exponent_in_parameters": slope,
+    }
+    columns = ("Width", "Parameters", "Nats", "Subtasks learnt")
+    return Findings(
+        Section("Sparse parity", text, (Table(columns, tuple(table)),), figures), summary
+    )
+
+
+def power_law_exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return the slope of log y over log x; NaN of fewer than two sizes."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0]) if len(x) > 1 else float("nan")
+
+
+def _spread(count: int, shown: int = 7) -> list[int]:
+    """Return some indices up to count, from the first on, further and further apart."""
+    return sorted({round(i) - 1 for i in np.geomspace(1, count, shown)})

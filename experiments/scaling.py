@@ -1,0 +1,97 @@
+"""Train ladders of models, fit scaling laws to them, and write a report.
+
+    python -m experiments.scaling --config=configs/scaling.py --workdir=runs/scaling [--dry_run]
+
+The runs are listed with their FLOPs and predicted time before the first one starts; called again
+it goes on where it stopped. Every evaluation of every run is a row of evaluations.csv and .parquet,
+the last of each of runs.csv, which `experiments.fit` takes.
+"""
+
+import dataclasses
+import json
+
+from absl import flags
+from etils import epath
+
+from configs.schema import ScalingConfig
+from experiments import entry
+from experiments.ladder import (
+    evaluation_rows,
+    final_rows,
+    groups_of,
+    predict_seconds,
+    train_group,
+    write_table,
+)
+from experiments.run_flags import WORKDIR
+from experiments.scaling_report import write_scaling_report
+from experiments.stages import Stages
+from llm.data.prepare import prepare
+from llm.data.tokenizer_training import make_tokenizer
+from llm.evaluation.tables import format_duration
+from llm.parallel.mesh import start_distributed
+from llm.scaling.ladder import Group
+from llm.training.files import write_atomically
+from llm.training.run_config import check_config, record_config
+
+_DRY_RUN = flags.DEFINE_boolean("dry_run", False, "List the runs and stop.")
+
+
+def main(config: ScalingConfig) -> None:
+    start_distributed()
+    workdir, fields = epath.Path(WORKDIR.value), dataclasses.asdict(config)
+    changes = check_config(workdir, fields, allow_change=config.run.allow_config_change)
+    workdir.mkdir(parents=True, exist_ok=True)
+    record_config(workdir, fields, changes)
+    stages = Stages(workdir)
+
+    tokenizer = make_tokenizer(config.data)
+    prepared = prepare(config.data, tokenizer)
+    groups = groups_of(config, tokenizer.vocab_size)
+    seconds = predicted(config, groups, workdir)
+    print(listing(groups, seconds))
+    if _DRY_RUN.value:
+        return
+
+    for i, group in enumerate(groups):
+        left = sum(seconds[later.name] for later in groups[i:])
+        print(f"group {i + 1} of {len(groups)}, about {format_duration(left)} left in all")
+        stages.run(group.name, lambda group=group: train_group(config, group, workdir))
+
+    rows = evaluation_rows(config, groups, prepared, workdir)
+    write_table(rows, workdir / "evaluations")
+    write_table(final_rows(rows), workdir / "runs")
+    write_scaling_report(workdir, config, rows, stages.wall_seconds)
+    print(f"report: {workdir / 'report.html'} (and report.md, evaluations.csv, runs.csv)")
+
+
+def predicted(config: ScalingConfig, groups: list[Group], workdir: epath.Path) -> dict[str, float]:
+    """Return each group's predicted seconds, tried out once and kept in the workdir."""
+    file = workdir / "predicted_seconds.json"
+    if file.exists():
+        found = json.loads(file.read_text())
+        if set(found) == {group.name for group in groups}:
+            return found
+    print("trying out a step of each shape …")
+    found = predict_seconds(config, groups)
+    write_atomically(file, json.dumps(found, indent=1))
+    return found
+
+
+def listing(groups: list[Group], seconds: dict[str, float]) -> str:
+    """Return the groups as lines of text: members, parameters, tokens, FLOPs, predicted time."""
+    head = f"{'group':44} {'runs':>4} {'width':>6} {'tokens a run':>13} {'FLOPs':>9} {'time':>9}"
+    lines = [head]
+    for group in groups:
+        lines.append(
+            f"{group.name:44} {len(group.members):4} {group.model.width:6} {group.num_tokens:13,} "
+            f"{group.flops:9.2e} {format_duration(seconds[group.name]):>9}"
+        )
+    runs, flops = sum(len(group.members) for group in groups), sum(g.flops for g in groups)
+    total = format_duration(sum(seconds.values()))
+    lines.append(f"{'all':44} {runs:4} {'':6} {'':13} {flops:9.2e} {total:>9}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    entry.run(main, ScalingConfig, default_config="configs/scaling.py")

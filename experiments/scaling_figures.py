@@ -1,0 +1,123 @@
+"""The drawings of a ladder that no fit is needed for: curves, learning rates, repetition."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from experiments.phenomena.figures import COLOURS, MARKERS
+from llm.evaluation.figures import BLACK, as_figure, draw, draw_panels
+from llm.evaluation.report import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def curves_figure(rows: Rows) -> Figure:
+    """Draw the loss of every run over the FLOPs that it took, and the least at each."""
+    drawing, axes = draw()
+    sizes = sorted({row["params"] for row in rows})
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, len(sizes)))
+    points = []
+    for run in dict.fromkeys(row["run"] for row in rows):
+        found = [row for row in rows if row["run"] == run and row["step"] > 0]
+        flops, loss = [row["flops"] for row in found], [row["loss"] for row in found]
+        axes.plot(flops, loss, color=colours[sizes.index(found[0]["params"])], linewidth=0.9)
+        points += zip(flops, loss, strict=True)
+    points.sort()
+    flops = np.array([point[0] for point in points])
+    least = np.minimum.accumulate([point[1] for point in points])
+    axes.plot(flops, least, color=BLACK, linewidth=1.4, linestyle="--", label="least so far")
+    axes.set_xscale("log")
+    axes.set_xlabel("training compute (FLOPs)")
+    axes.set_ylabel("held-out loss (nats per token)")
+    scale = matplotlib.cm.ScalarMappable(
+        matplotlib.colors.LogNorm(sizes[0], sizes[-1]), matplotlib.colormaps["viridis"]
+    )
+    drawing.colorbar(scale, ax=axes, label="parameters")
+    axes.legend(frameon=False, fontsize=10)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    description = (
+        f"Held-out loss over compute of {len(sizes)} sizes, {sizes[0]:,} to {sizes[-1]:,}."
+    )
+    return as_figure("loss-curves", drawing, description, "Every run, and the compute envelope.")
+
+
+def transfer_figure(ladders: Mapping[str, Rows]) -> Figure:
+    """Draw the final loss over the learning rate by width, one panel a ladder."""
+    drawing, panels = draw_panels(len(ladders))
+    for axes, (name, rows) in zip(panels, ladders.items(), strict=True):
+        for i, width in enumerate(sorted({row["width"] for row in rows})):
+            rates, losses = rate_curve([row for row in rows if row["width"] == width])
+            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            axes.plot(rates, losses, markersize=4, linewidth=1.3, label=f"width {width}", **style)
+            best = int(np.nanargmin(losses))
+            axes.plot(rates[best], losses[best], markersize=10, fillstyle="none", **style)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("learning rate")
+        axes.set_title(f"{name}: {rows[0]['optimizer']}, {rows[0]['parametrisation']}", fontsize=10)
+        axes.grid(True, color="#dddddd", linewidth=0.6)
+    panels[0].set_ylabel("held-out loss (nats per token)")
+    low = min(ax.get_ylim()[0] for ax in panels)
+    high = max(_shown(rows) for rows in ladders.values())
+    for axes in panels:
+        axes.set_ylim(low, high)
+    handles, labels = panels[0].get_legend_handles_labels()
+    drawing.legend(
+        handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=10
+    )
+    description = "Final loss over learning rate by width: " + "; ".join(
+        f"{name}, best at {', '.join(f'{r:.3g}' for r in best_rates(rows).values())}"
+        for name, rows in ladders.items()
+    )
+    return as_figure("transfer", drawing, description + ".", "Rings mark each width's best rate.")
+
+
+def rate_curve(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Return learning rates and the mean final loss of each over seeds."""
+    rates = sorted({row["learning_rate"] for row in rows})
+    losses = [np.mean([r["loss"] for r in rows if r["learning_rate"] == rate]) for rate in rates]
+    return np.array(rates), np.array(losses)
+
+
+def best_rates(rows: Rows) -> dict[int, float]:
+    """Return by width the learning rate of least loss: the minimum of a parabola in log rate
+    through the best rate and its neighbours, or the best rate itself at an end."""
+    found = {}
+    for width in sorted({row["width"] for row in rows}):
+        rates, losses = rate_curve([row for row in rows if row["width"] == width])
+        best = int(np.nanargmin(losses))
+        found[width] = float(rates[best])
+        if 0 < best < len(rates) - 1 and np.isfinite(losses[best - 1 : best + 2]).all():
+            x, y = np.log(rates[best - 1 : best + 2]), losses[best - 1 : best + 2]
+            a, b, _ = np.polyfit(x, y, 2)
+            found[width] = float(np.exp(-b / (2 * a)))
+    return found
+
+
+def repetition_figure(rows: Rows) -> Figure:
+    """Draw held-out and training loss over tokens, by how much text there was to repeat."""
+    drawing, axes = draw()
+    for i, unique in enumerate(sorted({row["unique_tokens"] for row in rows}, reverse=True)):
+        found = [row for row in rows if row["unique_tokens"] == unique and row["step"] > 0]
+        found.sort(key=lambda row: row["tokens"])
+        tokens, colour = [row["tokens"] for row in found], COLOURS[i % len(COLOURS)]
+        label = f"{unique:,} tokens, {found[-1]['epochs']:.1f} times"
+        axes.plot(
+            tokens, [row["loss"] for row in found], color=colour, label=label, marker="o", ms=3
+        )
+        trained = [row["train_loss"] for row in found]
+        axes.plot(tokens, trained, color=colour, linestyle=":", linewidth=1.1)
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    drawing.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
+    caption = "Held-out (solid) and training loss (dotted), by how much text was repeated."
+    return as_figure("repetition", drawing, "Loss over tokens by amount of text.", caption)
+
+
+def _shown(rows: Rows) -> float:
+    """Return a loss up to which curves are worth showing: rates that diverge go beyond."""
+    losses = np.array([row["loss"] for row in rows])
+    losses = losses[np.isfinite(losses)]
+    return float(np.min(losses) + 3 * (np.median(losses) - np.min(losses)))
