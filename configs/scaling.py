@@ -43,5 +43,7 @@ def get_config(arg=None):
     config.data.tokenizer.vocab_size = 1024
     config.data.length_tokens = 128
     config.data.batch_sequences = 8
+    config.num_evaluations = 6
+    config.max_evaluation_sequences = 64
     config.run.save_every_steps = 500
     return config
