@@ -22,7 +22,7 @@ from llm.training.config import OptimizerConfig, ScheduleConfig
 def get_config(arg=None):
     """Return all five; with an argument, "grokking", "addition", …, that one alone."""
     sections = {
-        "grokking": grokking(modulus=59, train_fraction=0.5, total_steps=3000, seeds=(0, 1)),
+        "grokking": grokking(modulus=59, train_fraction=0.5, total_steps=2500, seeds=(0, 1)),
         "addition": addition(),
         "induction": induction(),
         "parity": parity(),
@@ -56,7 +56,7 @@ def grokking(*, modulus: int, train_fraction: float, total_steps: int, seeds) ->
             positions="learned",
             activation="relu",
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, beta2=0.98, clip_norm=None),
+        optimizer=OptimizerConfig(learning_rate=3e-3, beta2=0.98, clip_norm=None),
     )
 
 

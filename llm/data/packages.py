@@ -86,6 +86,14 @@ PACKAGES = {
             registry="npm",
             unpacked_bytes=1_500_000,
         ),
+        Package(
+            name="bigbench",
+            version="1.0.0",
+            archive="bigbench-1.0.0.tar.gz",
+            sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+            keep=("bigbench/benchmark_tasks/*/task.json",),
+            unpacked_bytes=1_760_000_000,
+        ),
     )
 }
 
