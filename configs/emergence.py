@@ -119,8 +119,8 @@ def few_shot() -> FewShotConfig:
         num_evaluations=20,
         seeds=(0, 1),
         models={
-            f"w{width}": small(width, num_layers=layers, vocab=28)
-            for width, layers in ((16, 1), (32, 2), (64, 2), (96, 3))
+            f"{layers}x{width}": small(width, num_layers=layers, vocab=28)
+            for width, layers in ((16, 1), (32, 1), (32, 2), (64, 2), (96, 2))
         },
         optimizer=OptimizerConfig(learning_rate=2e-3, beta2=0.98),
         schedule=ScheduleConfig(name="linear", warmup_steps=50, final_fraction=0.0),

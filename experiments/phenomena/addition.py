@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 
 from configs.schema import EmergenceConfig
+from experiments.phenomena.changes import changes_table, forecasts_table
 from experiments.phenomena.common import (
     Findings,
     Row,
@@ -152,5 +153,23 @@ def describe_addition(config: AdditionConfig, rows: Sequence[Row]) -> Findings:
         "Digits", "Model", "Parameters", "Examples", "Order", "Exact match", "least", "most",
         "Product", "Token accuracy", "Nats",
     )  # fmt: skip
-    section = Section("Addition", text, (Table(columns, tuple(table)),), tuple(figures))
+    changes = changes_table(
+        [row for row in shown if row["num_examples"] == most],
+        x="step",
+        measure="test",
+        by=lambda row: row["order"],
+    )
+    tables = [Table(columns, tuple(table)), changes]
+    if len(config.models) > 2:
+        tables.append(
+            forecasts_table(
+                [r for r in last if r["digits"] == digits and r["num_examples"] == most],
+                x="params",
+                measure="test",
+                by=lambda row: row["order"],
+                answer_tokens=digits + 1,
+                chance_of_token=0.1,
+            )
+        )
+    section = Section("Addition", text, tuple(tables), tuple(figures))
     return Findings(section, summary)

@@ -6,6 +6,7 @@ import numpy as np
 from etils import epath
 
 from configs.schema import EmergenceConfig
+from experiments.phenomena.changes import changes_table, forecasts_table
 from experiments.phenomena.common import (
     Findings,
     Row,
@@ -119,5 +120,17 @@ def describe_few_shot(config: FewShotConfig, rows: Sequence[Row]) -> Findings:
     }
     columns = ("Model", "Parameters", *(f"{n} examples" for n in config.shots))
     caption = "Exact match of held-out words, mean over seeds."
-    section = Section("Few-shot learning", text, (Table(columns, tuple(table), caption),), figures)
+    over_size = dict(x="params", measure="shown", by=lambda row: f"{row['shots']} examples")
+    forecasts = forecasts_table(
+        by_shots,
+        answer_tokens=config.word_letters,
+        chance_of_token=1 / LETTERS,
+        **over_size,
+    )
+    tables = (
+        Table(columns, tuple(table), caption),
+        changes_table(by_shots, **over_size),
+        forecasts,
+    )
+    section = Section("Few-shot learning", text, tables, figures)
     return Findings(section, summary)

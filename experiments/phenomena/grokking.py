@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 
 from configs.schema import EmergenceConfig
+from experiments.phenomena.changes import changes_table
 from experiments.phenomena.common import (
     LEARNT,
     Findings,
@@ -148,5 +149,8 @@ def describe_grokking(config: GrokkingConfig, rows: Sequence[Row]) -> Findings:
         "Right at the end",
         "Frequencies",
     )
-    section = Section("Grokking", text, (Table(columns, tuple(table)),), figures)
+    changes = changes_table(
+        rows, x="step", measure="test", by=lambda row: f"decay {row['weight_decay']:g}"
+    )
+    section = Section("Grokking", text, (Table(columns, tuple(table)), changes), figures)
     return Findings(section, summary)

@@ -7,6 +7,7 @@ from etils import epath
 from jax import numpy as jnp
 
 from configs.schema import EmergenceConfig
+from experiments.phenomena.changes import changes_table
 from experiments.phenomena.common import (
     Findings,
     Measure,
@@ -123,6 +124,6 @@ def describe_induction(config: InductionConfig, rows: Sequence[Row]) -> Findings
         "so one layer cannot have it."
     )
     columns = ("Model", "Seed", "Prefix matching", "Token accuracy", "Nats a token")
-    return Findings(
-        Section("Induction heads", text, (Table(columns, tuple(table)),), figures), summary
-    )
+    changes = changes_table(rows, x="step", measure="repeat", by=by)
+    section = Section("Induction heads", text, (Table(columns, tuple(table)), changes), figures)
+    return Findings(section, summary)

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from configs.schema import EmergenceConfig
+from experiments.phenomena.changes import changes_table, forecasts_table
 from experiments.phenomena.common import (
     Findings,
     Row,
@@ -185,6 +186,7 @@ def describe_parity(config: ParityConfig, rows: Sequence[Row]) -> Findings:
         )[0]
         for i in _spread(config.num_subtasks)
     }
+    shown = [row | {"test/token_accuracy": row["test/exact_match"]} for row in final]
     figures = (
         lines_figure(
             "parity-skills",
@@ -207,7 +209,7 @@ def describe_parity(config: ParityConfig, rows: Sequence[Row]) -> Findings:
         ),
         metrics_figure(
             "parity-size",
-            [row | {"test/token_accuracy": row["test/exact_match"]} for row in final],
+            shown,
             measure="test",
             x="params",
             label="parameters",
@@ -232,9 +234,11 @@ def describe_parity(config: ParityConfig, rows: Sequence[Row]) -> Findings:
         "exponent_in_parameters": slope,
     }
     columns = ("Width", "Parameters", "Nats", "Subtasks learnt")
-    return Findings(
-        Section("Sparse parity", text, (Table(columns, tuple(table)),), figures), summary
-    )
+    over_size = dict(x="params", measure="test", by=lambda row: "all subtasks")
+    changes = changes_table(shown, **over_size)
+    forecasts = forecasts_table(shown, answer_tokens=1, chance_of_token=0.5, **over_size)
+    tables = (Table(columns, tuple(table)), changes, forecasts)
+    return Findings(Section("Sparse parity", text, tables, figures), summary)
 
 
 def power_law_exponent(x: Sequence[float], y: Sequence[float]) -> float:
