@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pyarrow.parquet
+from absl import flags
 from etils import epath
 
 from configs.schema import EmergenceConfig
@@ -90,7 +91,8 @@ def write_emergence_report(
     headline = {
         "phenomena": ", ".join(findings),
         "wall time": format_duration(wall_seconds["total"]),
-        "command": f"python -m experiments.emergence --workdir={workdir}",
+        "command": f"python -m experiments.emergence --config={flags.FLAGS.config}",
+        "config": "config.json, overrides included",
     }
     write_report(Report("Emergence in small models", headline, sections), workdir)
 

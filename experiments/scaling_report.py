@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
+from absl import flags
 from etils import epath
 
 from configs.schema import ScalingConfig
@@ -74,7 +75,8 @@ def write_scaling_report(
         "runs": f"{len(runs)}",
         "parameters": f"{min(r['params'] for r in rows):,} to {max(r['params'] for r in rows):,}",
         "wall time": format_duration(wall_seconds["total"]),
-        "command": f"python -m experiments.scaling --workdir={workdir}",
+        "command": f"python -m experiments.scaling --config={flags.FLAGS.config}",
+        "config": "config.json, overrides included",
     }
     write_report(Report("Scaling curves", facts, tuple(sections)), workdir)
 

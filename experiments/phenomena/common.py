@@ -49,6 +49,12 @@ class Trainable:
     num_params: int
 
 
+def seed_members(study: StudyConfig) -> list[Member]:
+    """Return a member for each seed, at the optimizer's own rate and decay."""
+    rate, decay = study.optimizer.learning_rate, study.optimizer.weight_decay
+    return [Member(rate, decay, seed=seed, data_seed=seed) for seed in study.seeds]
+
+
 def transformer(
     config: TransformerConfig, common: EmergenceConfig
 ) -> tuple[Transformer, Trainable]:

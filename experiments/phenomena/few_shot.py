@@ -12,6 +12,7 @@ from experiments.phenomena.common import (
     Row,
     answers_of,
     read_rows,
+    seed_members,
     stacked,
     train_group,
     transformer,
@@ -21,17 +22,13 @@ from llm.data.synthetic.batches import TaskBatches
 from llm.data.synthetic.few_shot import FUNCTIONS, LETTERS, few_shot_mixture, few_shot_rows
 from llm.evaluation.report import Section, Table
 from llm.scaling.emergence_config import FewShotConfig
-from llm.training.members import Member
 
 
 def train_few_shot(
     config: FewShotConfig, common: EmergenceConfig, workdir: epath.Path
 ) -> list[Row]:
     """Train every model on the mixture; evaluate the last answer after 0, 1, 2, … examples."""
-    members = [
-        Member(config.optimizer.learning_rate, config.optimizer.weight_decay, seed, seed)
-        for seed in config.seeds
-    ]
+    members = seed_members(config)
     examples = max(config.shots) + 1
     task = few_shot_mixture(config.word_letters, examples)
     function = np.arange(config.num_held_out) % len(FUNCTIONS)

@@ -15,6 +15,7 @@ from experiments.phenomena.common import (
     answers_of,
     read_rows,
     runs_of,
+    seed_members,
     stacked,
     train_group,
     transformer,
@@ -26,17 +27,13 @@ from llm.evaluation.report import Section, Table
 from llm.models.transformer import Transformer
 from llm.scaling.emergence_config import InductionConfig
 from llm.scaling.induction import attention_weights, prefix_matching_scores
-from llm.training.members import Member
 
 
 def train_induction(
     config: InductionConfig, common: EmergenceConfig, workdir: epath.Path
 ) -> list[Row]:
     """Train every model; evaluate on a random segment and its repetition."""
-    members = [
-        Member(config.optimizer.learning_rate, config.optimizer.weight_decay, seed, seed)
-        for seed in config.seeds
-    ]
+    members = seed_members(config)
     task = repeated_segments(
         config.vocab_size, config.length_tokens, shortest=config.shortest_segment_tokens
     )

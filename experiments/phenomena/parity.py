@@ -17,6 +17,7 @@ from experiments.phenomena.common import (
     first_step,
     read_rows,
     runs_of,
+    seed_members,
     train_group,
 )
 from experiments.phenomena.figures import curves, lines_figure, metrics_figure
@@ -24,17 +25,13 @@ from llm.data.synthetic.parity import SparseParity
 from llm.evaluation.report import Section, Table
 from llm.models.mlp import ParityNetwork
 from llm.scaling.emergence_config import ParityConfig
-from llm.training.members import Member
 
 _HALF = 0.35  # nats of a subtask, half of chance's, below which it counts as learnt
 
 
 def train_parity(config: ParityConfig, common: EmergenceConfig, workdir: epath.Path) -> list[Row]:
     """Train every width; evaluate each subtask by itself, and their mean by how often they come."""
-    members = [
-        Member(config.optimizer.learning_rate, config.optimizer.weight_decay, seed, seed)
-        for seed in config.seeds
-    ]
+    members = seed_members(config)
     problems = [
         SparseParity(
             config.num_subtasks, config.num_bits, config.subset_bits, config.alpha, member.data_seed

@@ -52,8 +52,9 @@ class TransformerConfig:
     vocab_multiple: int = 128
     # "gpt2": std 0.02, residual outputs / sqrt(2L). "fan_in": 1/sqrt(fan in), residual outputs 0.
     initializer: Literal["gpt2", "fan_in"] = "gpt2"
-    # muP: at this width (and head width) it changes nothing; a model of another width, whose heads
-    # and feed-forward grow as it does, trains best at the same learning rate. See width_ratio.
+    # muP: at this width (and head width) it changes nothing, except that Muon then scales matrices
+    # that narrow too; a model of another width, whose heads and feed-forward grow as it does,
+    # trains best at the same learning rate. See width_ratio.
     mup_base_width: int | None = None
     mup_base_head_dim: int | None = None  # None: heads are as wide as the base's
 

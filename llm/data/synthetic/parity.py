@@ -5,6 +5,7 @@ own k of n bits; a row names its subtask, drawn with probability ∝ i^−(α+1)
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -30,13 +31,13 @@ class SparseParity:
     alpha: float
     seed: int
 
-    @property
+    @functools.cached_property
     def frequencies(self) -> Float64[np.ndarray, " tasks"]:
         """How often each subtask is drawn; the first most."""
         weights = np.arange(1, self.num_subtasks + 1) ** -(self.alpha + 1.0)
         return weights / weights.sum()
 
-    @property
+    @functools.cached_property
     def subsets(self) -> Int32[np.ndarray, "tasks k"]:
         """The bits that count, of each subtask: different sets."""
         generator = np.random.default_rng([self.seed, 0])
