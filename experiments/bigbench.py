@@ -73,6 +73,8 @@ _JSON = entry.define_json()
 
 
 def main() -> None:
+    if not _LIST.value:
+        _check_flags()  # before anything is fetched
     if not _PATH.value and not is_packaged_here():
         print("fetching BIG-bench once: 358 MB, 1.8 GB unpacked", file=sys.stderr, flush=True)
     files = find_tasks(_PATH.value or packaged_folder())
@@ -83,12 +85,6 @@ def main() -> None:
     if _LIST.value:
         _list_tasks({name: files[name] for name in names or files}, details=bool(names))
         return
-    if not names:
-        raise ValueError("give --tasks=NAME,…: --list prints the names")
-    if not _MODEL.value:
-        raise ValueError("give --model=SOURCE: a workdir, a Hugging Face directory, …")
-    if _OUTPUT.value and not epath.Path(_OUTPUT.value).parent.is_dir():
-        raise FileNotFoundError(f"--output={_OUTPUT.value}: its folder does not exist")
     model = _load_batched_model()
     results, tasks, skipped = _evaluate(model, {name: files[name] for name in names})
     if not results:
@@ -106,6 +102,15 @@ def main() -> None:
         entry.print_json(report)
         return
     _show(rows, tasks, skipped, files)
+
+
+def _check_flags() -> None:
+    if not _TASKS.value:
+        raise ValueError("give --tasks=NAME,…: --list prints the names")
+    if not _MODEL.value:
+        raise ValueError("give --model=SOURCE: a workdir, a Hugging Face directory, …")
+    if _OUTPUT.value and not epath.Path(_OUTPUT.value).parent.is_dir():
+        raise FileNotFoundError(f"--output={_OUTPUT.value}: its folder does not exist")
 
 
 def _load_batched_model() -> BatchedModel:
