@@ -28,11 +28,14 @@ def get_config(arg=None):
         "parity": parity(),
         "few_shot": few_shot(),
     }
-    if arg is not None:
-        if arg not in sections:
-            raise ValueError(f"no phenomenon {arg!r}; they are {', '.join(sections)}")
-        sections = {arg: sections[arg]}
-    return to_config_dict(EmergenceConfig(**sections))
+    return to_config_dict(EmergenceConfig(**chosen(sections, arg)))
+
+
+def chosen(sections: dict, arg: str | None) -> dict:
+    """Return the section that was asked for, or all."""
+    if arg is not None and arg not in sections:
+        raise ValueError(f"no phenomenon {arg!r}; they are {', '.join(sections)}")
+    return sections if arg is None else {arg: sections[arg]}
 
 
 def grokking(*, modulus: int, train_fraction: float, total_steps: int, seeds) -> GrokkingConfig:
@@ -40,7 +43,7 @@ def grokking(*, modulus: int, train_fraction: float, total_steps: int, seeds) ->
         modulus=modulus,
         train_fraction=train_fraction,
         total_steps=total_steps,
-        seeds=seeds,
+        seeds=tuple(seeds),
         num_evaluations=100,
         weight_decays=(1.0, 0.0),
         model=TransformerConfig(
@@ -73,21 +76,25 @@ def addition() -> AdditionConfig:
     )
 
 
-def induction() -> InductionConfig:
+def induction(
+    *, width: int = 64, head_dim: int = 16, vocab: int = 64, length_tokens: int = 64
+) -> InductionConfig:
     return InductionConfig(
+        vocab_size=vocab,
+        length_tokens=length_tokens,
         batch_sequences=16,
         num_held_out=32,
         total_steps=1500,
         models={
             f"{layers} layer{'s' * (layers > 1)}": TransformerConfig(
-                vocab_size=64,
+                vocab_size=vocab,
                 vocab_multiple=1,
-                width=64,
+                width=width,
                 num_layers=layers,
-                num_heads=4,
-                num_kv_heads=4,
-                head_dim=16,
-                max_length_tokens=64,
+                num_heads=width // head_dim,
+                num_kv_heads=width // head_dim,
+                head_dim=head_dim,
+                max_length_tokens=length_tokens,
                 activation="none",
             )
             for layers in (1, 2)
@@ -127,9 +134,9 @@ def few_shot() -> FewShotConfig:
     )
 
 
-def small(width: int, *, num_layers: int, vocab: int) -> TransformerConfig:
-    """Return our own kind of model, of that width and heads of 16."""
+def small(width: int, *, num_layers: int, vocab: int, head_dim: int = 16) -> TransformerConfig:
+    """Return our own kind of model, of that width and depth."""
     model = from_depth(
-        1, vocab_size=vocab, max_length_tokens=64, head_dim=16, width_per_layer=width
+        1, vocab_size=vocab, max_length_tokens=64, head_dim=head_dim, width_per_layer=width
     )
     return dataclasses.replace(model, num_layers=num_layers, vocab_multiple=1)

@@ -1,7 +1,9 @@
-"""Scaling curves in 40 minutes on 2 CPU cores: four budgets, learning-rate transfer, repeated text.
+"""Scaling curves in 40 minutes on 2 CPU cores: five budgets, learning-rate transfer, repeated text.
 
 python -m experiments.scaling --workdir=runs/scaling [--dry_run]
 """
+
+import dataclasses
 
 from configs.dataclass_config import to_config_dict
 from configs.schema import ScalingConfig
@@ -15,21 +17,25 @@ _MUON = OptimizerConfig(name="muon", learning_rate=0.02, adam_learning_rate=6e-3
 
 
 def get_config(arg=None):
-    rates = tuple(2.0**-k for k in range(4, 12))
+    rates = tuple(2.0**-k for k in range(4, 11))
     adamw = OptimizerConfig(learning_rate=2.0**-7, beta2=0.95)
-    widths = dict(depths=(2, 4, 8), num_layers=2, tokens=(200_000,), learning_rates=rates, **_SMALL)
+    muon = dataclasses.replace(_MUON, learning_rate=2.0**-6, adam_learning_rate=2.0**-8)
+    widths = dict(depths=(2, 4, 8), num_layers=2, tokens=(150_000,), learning_rates=rates, **_SMALL)
     ladders = {
         "isoflop": LadderConfig(
-            depths=(2, 3, 4, 5, 6, 8),
-            flops=(2e11, 6e11, 2e12, 6e12),
+            depths=(1, 2, 3, 4, 5, 6, 7),
+            flops=(1.5e11, 4e11, 1e12, 2.5e12, 5e12),
+            tokens_per_param_between=(0.33, 150.0),
             learning_rates=(0.02,),
             optimizer=_MUON,
             **_SMALL,
         ),
-        "standard": LadderConfig(optimizer=adamw, **widths),
-        "mup": LadderConfig(optimizer=adamw, mup_base_depth=2, **widths),
+        "adamw-standard": LadderConfig(optimizer=adamw, **widths),
+        "adamw-mup": LadderConfig(optimizer=adamw, mup_base_depth=2, **widths),
+        "muon-standard": LadderConfig(optimizer=muon, **widths),
+        "muon-mup": LadderConfig(optimizer=muon, mup_base_depth=2, **widths),
         "repeated": LadderConfig(
-            depths=(4,),
+            depths=(2, 3),
             tokens=(2_000_000,),
             learning_rates=(0.02,),
             unique_tokens=(None, 500_000, 125_000, 31_250),

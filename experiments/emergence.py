@@ -91,10 +91,10 @@ def write_emergence_report(
     headline = {
         "phenomena": ", ".join(findings),
         "wall time": format_duration(wall_seconds["total"]),
-        "command": f"python -m experiments.emergence --config={flags.FLAGS.config}",
         "config": "config.json, overrides included",
     }
-    write_report(Report("Emergence in small models", headline, sections), workdir)
+    command = f"python -m experiments.emergence --config={flags.FLAGS.config}"
+    write_report(Report("Emergence in small models", headline, sections, command), workdir)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ not determine a law is refused with what is missing, exit code 2.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,22 +19,17 @@ from absl import flags
 from etils import epath
 
 from experiments import entry
+from experiments.fit_methods import METHODS, FitOptions, analyse
 from experiments.fit_summary import Analysis, number, show
-from llm.scaling.data_constrained import fit_data_constrained
-from llm.scaling.envelope import fit_envelope, hold_out_envelope
-from llm.scaling.held_out import HeldOut, hold_out_loss
-from llm.scaling.isoflop import fit_isoflop, hold_out_budgets
-from llm.scaling.kaplan import fit_kaplan
-from llm.scaling.parametric import Outliers, default_starts, fit_parametric, hoffmann_starts
+from llm.scaling.parametric import Outliers
 from llm.scaling.robust import HUBER_DELTA
-from llm.scaling.runs import NotIdentifiableError, Runs
 from llm.scaling.table import load_runs
 
 _CSV = flags.DEFINE_string("csv", None, "The table: CSV (, ; or tab) or Parquet.", required=True)
 _METHOD = flags.DEFINE_enum(
     "method",
     "parametric",
-    ["parametric", "isoflop", "envelope", "kaplan", "data_constrained"],
+    METHODS,
     "Which law is fitted.",
 )
 _COLUMNS = {
@@ -125,28 +119,15 @@ def main() -> None:
     if 0 < _DRAWS.value < _FEW_DRAWS:
         notes.append(f"{_DRAWS.value} resamples are few for intervals; {_FEW_DRAWS} at least")
 
-    fit, hold_out = _METHODS[_METHOD.value](runs, outliers)
-    notes.extend(fit.notes)
-    optima = []
-    for budget in budgets or [float(runs.flops.max()), 10 * float(runs.flops.max())]:
-        try:
-            optima.append(fit.optimum(budget))
-        except NotIdentifiableError as error:
-            notes.append(f"no optimum for a budget: {error}")
-            break
     far = [budget for budget in budgets if budget > 1000 * runs.flops.max()]
     notes.extend(
         f"{number(budget)} FLOPs are {budget / runs.flops.max():,.0f} times the largest run: "
         "far beyond what the runs show, and no interval tells of a law that changes"
         for budget in far
     )
-    held_out = None
-    if _HOLD_OUT.value:
-        try:
-            held_out = hold_out()
-        except NotIdentifiableError as error:
-            notes.append(f"nothing held out: {error}")
-    analysis = Analysis(_METHOD.value, _CSV.value, runs, fit, tuple(optima), held_out, tuple(notes))
+    analysis = analyse(
+        _METHOD.value, _CSV.value, runs, _options(outliers), budgets=budgets, notes=notes
+    )
     if _OUTPUT.value:
         from experiments.fit_report import write_fit_report  # only now: it loads the model code
 
@@ -159,78 +140,23 @@ def main() -> None:
         print(f"wrote {_OUTPUT.value}/report.html, report.md and plotted.csv")
 
 
-# --- Methods: each returns its fit, and how to hold out the largest runs ---
-
-Fitted = tuple[Any, Callable[[], HeldOut]]
-
-
-def _parametric(runs: Runs, outliers: Outliers) -> Fitted:
-    common = {**_bootstrap(), "delta": _DELTA.value, "outliers": outliers}
-    starts = hoffmann_starts() if _ALL_STARTS.value else default_starts(len(runs))
-    few = starts[:: max(1, len(starts) // 50)]
-
-    def predict(smaller: Runs, larger: Runs):
-        return fit_parametric(smaller, starts=few, **common).predict(larger, _rng())
-
-    return fit_parametric(runs, starts=starts, **common), lambda: _hold_out(runs, predict)
-
-
-def _isoflop(runs: Runs, _: Outliers) -> Fitted:
-    options = {
-        **_bootstrap(),
-        "variable": _VARIABLE.value,
-        "budgets": _check_budgets("--isoflop_budget", _ISOFLOP_BUDGETS.value) or None,
-        "tolerance": _TOLERANCE.value,
-    }
-    fit = fit_isoflop(runs, **options)
-    return fit, lambda: hold_out_budgets(runs, fraction=_HOLD_OUT.value, **options)
-
-
-def _envelope(runs: Runs, _: Outliers) -> Fitted:
-    fit = fit_envelope(runs, **_bootstrap())
-    return fit, lambda: hold_out_envelope(runs, fraction=_HOLD_OUT.value, **_bootstrap())
-
-
-def _kaplan(runs: Runs, _: Outliers) -> Fitted:
-    common = {**_bootstrap(), "delta": _DELTA.value}
-
-    def predict(smaller: Runs, larger: Runs):
-        return fit_kaplan(smaller, **common).predict(larger, _rng())
-
-    return fit_kaplan(runs, **common), lambda: _hold_out(runs, predict)
-
-
-def _data_constrained(runs: Runs, _: Outliers) -> Fitted:
-    common = {**_bootstrap(), "delta": _DELTA.value, "unique_tokens": _UNIQUE.value}
-
-    def predict(smaller: Runs, larger: Runs):
-        return fit_data_constrained(smaller, **common).predict(larger, _rng())
-
-    return fit_data_constrained(runs, **common), lambda: _hold_out(runs, predict)
-
-
-_METHODS = {
-    "parametric": _parametric,
-    "isoflop": _isoflop,
-    "envelope": _envelope,
-    "kaplan": _kaplan,
-    "data_constrained": _data_constrained,
-}
-
-
-def _bootstrap() -> dict[str, Any]:
-    return {"num_draws": _DRAWS.value, "level": _LEVEL.value, "seed": _SEED.value}
-
-
-def _hold_out(runs: Runs, predict) -> HeldOut:
-    return hold_out_loss(runs, predict, fraction=_HOLD_OUT.value, level=_LEVEL.value)
-
-
-def _rng() -> np.random.Generator:
-    return np.random.default_rng(_SEED.value)
-
-
 # --- Flags ---
+
+
+def _options(outliers: Outliers) -> FitOptions:
+    return FitOptions(
+        num_draws=_DRAWS.value,
+        level=_LEVEL.value,
+        seed=_SEED.value,
+        holdout_fraction=_HOLD_OUT.value,
+        delta=_DELTA.value,
+        outliers=outliers,
+        all_starts=_ALL_STARTS.value,
+        variable=_VARIABLE.value,
+        budgets=tuple(_check_budgets("--isoflop_budget", _ISOFLOP_BUDGETS.value)) or None,
+        tolerance=_TOLERANCE.value,
+        unique_tokens=_UNIQUE.value,
+    )
 
 
 def _parse_outliers(text: str) -> Outliers:

@@ -235,5 +235,6 @@ def _evaluations(group: Group, lines: Sequence[Mapping], unique: int) -> Iterato
                 "source": source,
                 "loss": line[name],
                 "bits_per_byte": line[f"eval/{source}/bits_per_byte"],
+                "in_context_score": line.get(f"eval/{source}/in_context_score"),
                 "train_loss": train_loss,
             }

@@ -12,12 +12,13 @@ from etils import epath
 from jaxtyping import Array, Float
 
 from configs.schema import PretrainConfig
-from llm.data.loader import Batch, Batches, make_evaluation_batches
+from llm.data.loader import Batch, Batches
 from llm.data.pipeline import make_training_batches
 from llm.data.prepare import Prepared, prepare
 from llm.data.prepared import PreparedSplit
 from llm.data.tokenizer_training import make_tokenizer
 from llm.data.tokenizers import Tokenizer
+from llm.evaluation.language_modeling import make_stacked_score_step, score_splits
 from llm.models.transformer import Transformer, init_params, logical_axes
 from llm.scaling.accounting import training_flops_per_token
 from llm.training.config import OptimizerConfig
@@ -180,38 +181,25 @@ def make_members_evaluation(
 
     The same batches and sums as a single run's evaluation.
     """
-    loss_fn = make_causal_lm_loss(model, tile_tokens=config.loss_tile_tokens)
-    score = jax.jit(
-        jax.vmap(lambda params, batch: loss_fn(params, batch, None)[1], in_axes=(0, None))
-    )
-    size, limit = config.data.batch_sequences, config.evaluation.max_sequences
-
-    def scores_of(split: PreparedSplit, params: dict) -> tuple[np.ndarray, float, float]:
-        batches = make_evaluation_batches(split, config.data.length_tokens, size)
-        nats, tokens = np.zeros(num_members), 0.0
-        for i, batch in enumerate(batches):
-            if limit is not None and i * size >= limit:
-                break
-            sums = score(params, {name: x for name, x in batch.items() if name != "cursor"})
-            nats += np.asarray(sums["loss"], np.float64)
-            tokens += float(sums["tokens"][0])
-        batches.close()
-        bytes_per_token = float(split.num_bytes.sum()) / max(1, int(split.num_targets.sum()))
-        return nats, tokens, tokens * bytes_per_token
+    score_step = make_stacked_score_step(model, tile_tokens=config.loss_tile_tokens)
 
     def evaluate(run: Run, state: TrainState) -> None:
-        params = averaged_params(state)
-        scores = {name: scores_of(split, params) for name, split in splits.items()}
-        if len(scores) > 1:
-            scores["all"] = tuple(sum(parts) for parts in zip(*scores.values(), strict=True))
-        metrics = {}
-        for name, (nats, tokens, num_bytes) in scores.items():
-            for i in range(num_members):
-                metrics[f"member_{i}/eval/{name}/loss"] = nats[i] / tokens
-                bits = nats[i] / np.log(2) / num_bytes
-                metrics[f"member_{i}/eval/{name}/bits_per_byte"] = bits
-        run.write_metrics(metrics)
-        losses = scores["all" if len(scores) > 1 else next(iter(scores))]
-        run.say(f"step {run.step}: loss {', '.join(f'{x / losses[1]:.4f}' for x in losses[0])}")
+        metrics = score_splits(
+            score_step,
+            averaged_params(state),
+            splits,
+            row_length=config.data.length_tokens,
+            batch_sequences=config.data.batch_sequences,
+            max_sequences=config.evaluation.max_sequences,
+        )
+        run.write_metrics(
+            {
+                f"member_{i}/{name}": values[i]
+                for name, values in metrics.items()
+                for i in range(num_members)
+            }
+        )
+        losses = metrics[f"eval/{'all' if len(splits) > 1 else next(iter(splits))}/loss"]
+        run.say(f"step {run.step}: loss {', '.join(f'{loss:.4f}' for loss in losses)}")
 
     return evaluate

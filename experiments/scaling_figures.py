@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.ticker import EngFormatter
 
 from experiments.phenomena.figures import COLOURS, MARKERS
 from llm.evaluation.figures import BLACK, as_figure, draw, draw_panels
@@ -17,12 +18,12 @@ def curves_figure(rows: Rows) -> Figure:
     """Draw the loss of every run over the FLOPs that it took, and the least at each."""
     drawing, axes = draw()
     sizes = sorted({row["params"] for row in rows})
-    colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, len(sizes)))
+    colours = size_colours(sizes)
     points = []
     for run in dict.fromkeys(row["run"] for row in rows):
         found = [row for row in rows if row["run"] == run and row["step"] > 0]
         flops, loss = [row["flops"] for row in found], [row["loss"] for row in found]
-        axes.plot(flops, loss, color=colours[sizes.index(found[0]["params"])], linewidth=0.9)
+        axes.plot(flops, loss, color=colours[found[0]["params"]], linewidth=0.9)
         points += zip(flops, loss, strict=True)
     points.sort()
     flops = np.array([point[0] for point in points])
@@ -31,10 +32,7 @@ def curves_figure(rows: Rows) -> Figure:
     axes.set_xscale("log")
     axes.set_xlabel("training compute (FLOPs)")
     axes.set_ylabel("held-out loss (nats per token)")
-    scale = matplotlib.cm.ScalarMappable(
-        matplotlib.colors.LogNorm(sizes[0], sizes[-1]), matplotlib.colormaps["viridis"]
-    )
-    drawing.colorbar(scale, ax=axes, label="parameters")
+    size_bar(drawing, axes, sizes)
     axes.legend(frameon=False, fontsize=10)
     axes.grid(True, color="#dddddd", linewidth=0.6)
     description = (
@@ -95,23 +93,70 @@ def best_rates(rows: Rows) -> dict[int, float]:
     return found
 
 
-def repetition_figure(rows: Rows) -> Figure:
-    """Draw held-out and training loss over tokens, by how much text there was to repeat."""
+def in_context_figure(rows: Rows) -> Figure:
+    """Draw the in-context score over training tokens: of each size its longest run."""
     drawing, axes = draw()
-    for i, unique in enumerate(sorted({row["unique_tokens"] for row in rows}, reverse=True)):
-        found = [row for row in rows if row["unique_tokens"] == unique and row["step"] > 0]
-        found.sort(key=lambda row: row["tokens"])
-        tokens, colour = [row["tokens"] for row in found], COLOURS[i % len(COLOURS)]
-        label = f"{unique:,} tokens, {found[-1]['epochs']:.1f} times"
-        axes.plot(
-            tokens, [row["loss"] for row in found], color=colour, label=label, marker="o", ms=3
-        )
-        trained = [row["train_loss"] for row in found]
-        axes.plot(tokens, trained, color=colour, linestyle=":", linewidth=1.1)
+    sizes = sorted({row["params"] for row in rows})
+    colours = size_colours(sizes)
+    ends = []
+    for size in sizes:
+        ours = [row for row in rows if row["params"] == size and row["step"] > 0]
+        longest = max(ours, key=lambda row: row["tokens"])["run"]
+        found = sorted((row for row in ours if row["run"] == longest), key=lambda r: r["tokens"])
+        scores = [row["in_context_score"] for row in found]
+        style = {"color": colours[size], "marker": "o", "markersize": 3, "linewidth": 1.1}
+        axes.plot([row["tokens"] for row in found], scores, **style)
+        ends.append(scores[-1])
+    axes.set_xscale("log")
     axes.set_xlabel("training tokens")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("late less early loss (nats per token)")
     axes.grid(True, color="#dddddd", linewidth=0.6)
-    drawing.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
+    size_bar(drawing, axes, sizes)
+    caption = (
+        f"Below 0 context helps. At the end of each size's longest run: {ends[0]:.2f} for "
+        f"{sizes[0]:,} parameters, {ends[-1]:.2f} for {sizes[-1]:,}."
+    )
+    description = f"In-context score over training tokens of {len(sizes)} sizes."
+    return as_figure("in-context-score", drawing, description, caption)
+
+
+def size_colours(sizes: Sequence[int]) -> dict[int, Any]:
+    """Return a colour for each size, by the log of it."""
+    norm = matplotlib.colors.LogNorm(sizes[0], sizes[-1])
+    return {n: matplotlib.colormaps["viridis"](0.85 * float(norm(n))) for n in sizes}
+
+
+def size_bar(drawing, axes, sizes: Sequence[int]) -> None:
+    """Draw beside the axes which colour is which size."""
+    colours = matplotlib.colors.ListedColormap(
+        matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, 256))
+    )
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.LogNorm(sizes[0], sizes[-1]), colours)
+    drawing.colorbar(scale, ax=axes, label="parameters")
+
+
+def repetition_figure(rows: Rows) -> Figure:
+    """Draw held-out and training loss over tokens, by how much text there was, a panel a size."""
+    sizes = sorted({row["params"] for row in rows})
+    drawing, panels = draw_panels(len(sizes))
+    for axes, size in zip(panels, sizes, strict=True):
+        ours = [row for row in rows if row["params"] == size and row["step"] > 0]
+        for i, unique in enumerate(sorted({row["unique_tokens"] for row in ours}, reverse=True)):
+            found = [row for row in ours if row["unique_tokens"] == unique]
+            found.sort(key=lambda row: row["tokens"])
+            tokens, colour = [row["tokens"] for row in found], COLOURS[i % len(COLOURS)]
+            label = f"{unique:,} tokens, {found[-1]['epochs']:.1f} times"
+            losses = [row["loss"] for row in found]
+            axes.plot(tokens, losses, color=colour, label=label, marker="o", ms=3)
+            trained = [row["train_loss"] for row in found]
+            axes.plot(tokens, trained, color=colour, linestyle=":", linewidth=1.1)
+        axes.set_title(f"{size:,} parameters", fontsize=10)
+        axes.set_xlabel("training tokens")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.grid(True, color="#dddddd", linewidth=0.6)
+    panels[0].set_ylabel("loss (nats per token)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=9)
     caption = "Held-out (solid) and training loss (dotted), by how much text was repeated."
     return as_figure("repetition", drawing, "Loss over tokens by amount of text.", caption)
 

@@ -1,7 +1,7 @@
 """The report of a ladder: what was run, the laws fitted to it, and what the figures show."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,22 +13,20 @@ from etils import epath
 from configs.schema import ScalingConfig
 from experiments import entry
 from experiments.fit_figures import Plotted, figures_of
+from experiments.fit_methods import FitOptions, analyse
 from experiments.fit_report import PLOTTED_COLUMNS
 from experiments.fit_summary import Analysis, estimate_rows, held_out_in_words, optimum_in_words
 from experiments.scaling_figures import (
     best_rates,
     curves_figure,
+    in_context_figure,
     repetition_figure,
     transfer_figure,
 )
 from llm.evaluation.facts import hardware_facts, version_facts
 from llm.evaluation.report import Report, Section, Table, write_report
 from llm.evaluation.tables import facts_table, format_duration, wall_time_table
-from llm.scaling.envelope import fit_envelope, hold_out_envelope
-from llm.scaling.held_out import HeldOut, hold_out_loss
-from llm.scaling.isoflop import fit_isoflop, hold_out_budgets
-from llm.scaling.kaplan import fit_kaplan
-from llm.scaling.parametric import fit_parametric
+from llm.scaling.config import LadderConfig
 from llm.scaling.runs import NotIdentifiableError, Runs
 from llm.training.files import write_atomically
 
@@ -51,9 +49,9 @@ def write_scaling_report(
             found, summary[name] = _law_sections(name, ours, config, plotted)
             sections += found
         if len(ladder.unique_tokens) > 1:
-            sections.append(_repetition_section(name, ours))
-            ends = [row for row in ours if row["final"]]
-            summary[name] = {f"{r['unique_tokens']}_unique_tokens": r["loss"] for r in ends}
+            pooled = [row for row in main if _like(config.ladders[row["ladder"]], ladder)]
+            found, summary[name] = _repetition_sections(name, ours, pooled, config, plotted)
+            sections += found
     rates = {
         name: [row for row in main if row["ladder"] == name and row["final"]]
         for name, ladder in config.ladders.items()
@@ -75,10 +73,10 @@ def write_scaling_report(
         "runs": f"{len(runs)}",
         "parameters": f"{min(r['params'] for r in rows):,} to {max(r['params'] for r in rows):,}",
         "wall time": format_duration(wall_seconds["total"]),
-        "command": f"python -m experiments.scaling --config={flags.FLAGS.config}",
         "config": "config.json, overrides included",
     }
-    write_report(Report("Scaling curves", facts, tuple(sections)), workdir)
+    command = f"python -m experiments.scaling --config={flags.FLAGS.config}"
+    write_report(Report("Scaling curves", facts, tuple(sections), command), workdir)
 
 
 # ------------------------------------------------------------------------------- laws
@@ -103,10 +101,9 @@ def selected(rows: Rows) -> list[dict[str, Any]]:
 def as_runs(rows: Rows, numbers: Sequence[int] | None = None) -> Runs:
     """Return rows as what laws are fitted to; `numbers` tell which rows are of one run."""
     column = lambda name: np.array([row[name] for row in rows], float)  # noqa: E731
-    others = {} if numbers is None else {"run": np.asarray(numbers)}
-    return Runs.of(
-        column("params"), column("tokens"), column("loss"), flops=column("flops"), **others
-    )
+    others = {name: column(name) for name in ("flops", "unique_tokens")}
+    others |= {} if numbers is None else {"run": np.asarray(numbers)}
+    return Runs.of(column("params"), column("tokens"), column("loss"), **others)
 
 
 def analyses(name: str, rows: Rows, config: ScalingConfig) -> tuple[list[Analysis], dict[str, str]]:
@@ -115,57 +112,22 @@ def analyses(name: str, rows: Rows, config: ScalingConfig) -> tuple[list[Analysi
     names = list(dict.fromkeys(row["run"] for row in rows))
     walked = [row for row in rows if row["step"] > 0 and np.isfinite(row["loss"])]
     curves = as_runs(walked, [names.index(row["run"]) for row in walked])
-    share = config.holdout_fraction
-    options = {"num_draws": config.bootstrap_draws}
+    tables = {"isoflop": points, "parametric": points, "envelope": curves, "kaplan": points}
+    return _attempt(f"ladder {name}", tables, config)
 
-    def by_loss(fit: Callable[..., Any]) -> Callable[[], HeldOut]:
-        def predict(smaller: Runs, larger: Runs):
-            return fit(smaller, **options).predict(larger, np.random.default_rng(0))
 
-        return lambda: hold_out_loss(points, predict, fraction=share, level=0.95)
-
-    methods = {
-        "isoflop": (
-            points,
-            lambda: fit_isoflop(points, **options),
-            lambda: hold_out_budgets(points, fraction=share, **options),
-        ),
-        "parametric": (
-            points,
-            lambda: fit_parametric(points, **options),
-            by_loss(fit_parametric),
-        ),
-        "envelope": (
-            curves,
-            lambda: fit_envelope(curves, **options),
-            lambda: hold_out_envelope(curves, fraction=share, **options),
-        ),
-        "kaplan": (points, lambda: fit_kaplan(points, **options), by_loss(fit_kaplan)),
-    }
+def _attempt(
+    source: str, tables: Mapping[str, Runs], config: ScalingConfig
+) -> tuple[list[Analysis], dict[str, str]]:
+    """Return the fits of the methods, each to its runs, and why others were refused."""
+    options = FitOptions(num_draws=config.bootstrap_draws, holdout_fraction=config.holdout_fraction)
     done, refused = [], {}
-    for method, (runs, fit_law, hold_out) in methods.items():
+    for method, runs in tables.items():
         try:
-            done.append(_analysis(method, name, runs, fit_law(), hold_out if share else None))
+            done.append(analyse(method, source, runs, options))
         except NotIdentifiableError as error:
             refused[method] = str(error)
     return done, refused
-
-
-def _analysis(
-    method: str, name: str, runs: Runs, fit: Any, hold_out: Callable[[], HeldOut] | None
-) -> Analysis:
-    notes, optima, held_out = list(fit.notes), [], None
-    for budget in (float(runs.flops.max()), 10 * float(runs.flops.max())):
-        try:
-            optima.append(fit.optimum(budget))
-        except NotIdentifiableError as error:
-            notes.append(f"no optimum for {budget:.3g} FLOPs: {error}")
-    if hold_out is not None:
-        try:
-            held_out = hold_out()
-        except NotIdentifiableError as error:
-            notes.append(f"nothing held out: {error}")
-    return Analysis(method, f"ladder {name}", runs, fit, tuple(optima), held_out, tuple(notes))
 
 
 def _law_sections(
@@ -178,14 +140,23 @@ def _law_sections(
         figures=(curves_figure(rows),),
     )
     done, refused = analyses(name, rows, config)
-    sections, summary = [curves], {}
-    for analysis in done:
-        sections.append(_law_section(analysis, plotted))
-        summary[analysis.method] = _law_summary(analysis)
+    sections = [curves]
+    if all(row["in_context_score"] is not None for row in rows):
+        sections.append(_in_context_section(name, rows))
+    found, summary = _told(name, done, refused, plotted)
+    return sections + found, summary
+
+
+def _told(
+    name: str, done: Sequence[Analysis], refused: Mapping[str, str], plotted: Plotted
+) -> tuple[list[Section], dict[str, Any]]:
+    """Return a section for each fit and one for those refused, and numbers for summary.json."""
+    sections = [_law_section(analysis, plotted) for analysis in done]
+    summary: dict[str, Any] = {analysis.method: _law_summary(analysis) for analysis in done}
     if refused:
         text = "\n\n".join(f"{method}: {reason}." for method, reason in refused.items())
         sections.append(Section(f"Not fitted: {name}", text))
-        summary["refused"] = refused
+        summary["refused"] = dict(refused)
     return sections, summary
 
 
@@ -269,12 +240,41 @@ def _transfer_section(rates: Mapping[str, Rows]) -> Section:
     )
 
 
-def _repetition_section(name: str, rows: Rows) -> Section:
+def _in_context_section(name: str, rows: Rows) -> Section:
     text = (
-        "One size and length of training with ever less text, which is then read several times. "
+        "How much context helps: the loss of tokens with at least 7/8 of a row before them in "
+        "their document, less that of tokens with 1/16 to 1/8 (Olsson et al. 2022, who take the "
+        "500th and the 50th of 512), on held-out text."
+    )
+    return Section(f"In-context score: {name}", text, figures=(in_context_figure(rows),))
+
+
+def _like(one: LadderConfig, other: LadderConfig) -> bool:
+    """Whether runs of two ladders lie on one loss surface: models of one kind, trained alike."""
+    names = ("width_per_layer", "head_dim", "num_layers", "mup_base_depth", "optimizer", "schedule")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
+def _repetition_sections(
+    name: str, rows: Rows, pooled: Rows, config: ScalingConfig, plotted: Plotted
+) -> tuple[list[Section], dict[str, Any]]:
+    """Return what repeating the text did, and the law of it fitted to all runs trained alike."""
+    ends = sorted(
+        (row for row in rows if row["final"]), key=lambda r: (r["depth"], -r["unique_tokens"])
+    )
+    columns = ("Parameters", "Tokens", "Unique tokens", "Epochs", "Held-out loss", "Training loss")
+    names = ("params", "tokens", "unique_tokens", "epochs", "loss", "train_loss")
+    table = Table(columns, tuple(tuple(row[column] for column in names) for row in ends))
+    text = (
+        "The same lengths of training with ever less text, which is then read several times. "
         "Training loss goes on falling; held-out loss tells what a repetition is worth."
     )
-    return Section(f"Repeated text: {name}", text, figures=(repetition_figure(rows),))
+    section = Section(f"Repeated text: {name}", text, (table,), (repetition_figure(rows),))
+    source = "ladders " + " and ".join(dict.fromkeys(row["ladder"] for row in pooled))
+    fits = _attempt(source, {"data_constrained": as_runs(selected(pooled))}, config)
+    found, summary = _told(name, *fits, plotted)
+    losses = {f"depth_{r['depth']}/{r['unique_tokens']}_unique_tokens": r["loss"] for r in ends}
+    return [section, *found], summary | {"losses": losses}
 
 
 def _write_plotted(path: epath.Path, plotted: Plotted) -> None:

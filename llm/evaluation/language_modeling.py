@@ -9,50 +9,102 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from llm.data.loader import Batch, make_evaluation_batches
 from llm.data.prepared import PreparedSplit, StoredDocument
 from llm.models.transformer import Transformer
-from llm.training.loss import make_causal_lm_loss
+from llm.training.loss import make_token_nats
 from llm.training.step import place_batch
 
 ScoreStep = Callable[[dict, Batch], dict[str, jax.Array]]
+Number = float | Float[np.ndarray, " R"]  # of one model, or of R whose parameters are stacked
 
 
 @dataclasses.dataclass(frozen=True)
 class TextScore:
-    """Summed nats over tokens (a document's EOS counted), and the UTF-8 bytes that they spell."""
+    """Summed nats over tokens (a document's EOS counted), and the UTF-8 bytes that they spell.
 
-    nats: float
-    tokens: float
-    num_bytes: float
+    `early` and `late` are the (nats, tokens) of targets that have little and much context: of a
+    row's length, 1/16 to 1/8 and at least 7/8 in the same document before them.
+    """
+
+    nats: Number
+    tokens: Number
+    num_bytes: Number
+    early: tuple[Number, Number] = (0.0, 0.0)
+    late: tuple[Number, Number] = (0.0, 0.0)
 
     @property
-    def loss_nats_per_token(self) -> float:
-        return self.nats / self.tokens if self.tokens else math.nan
+    def loss_nats_per_token(self) -> Number:
+        return _ratio(self.nats, self.tokens)
 
     @property
-    def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+    def bits_per_byte(self) -> Number:
+        return _ratio(self.nats / math.log(2), self.num_bytes)
+
+    @property
+    def in_context_score(self) -> Number:
+        """Loss of late targets less that of early ones, in nats: negative where context helps.
+
+        Source: Olsson et al. 2022, "In-context Learning and Induction Heads"; they take the 500th
+        token and the 50th of 512, we the mean about either, for less noise.
+        """
+        return _ratio(*self.late) - _ratio(*self.early)
 
     def __add__(self, other: "TextScore") -> "TextScore":
+        both = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
         return TextScore(
-            self.nats + other.nats, self.tokens + other.tokens, self.num_bytes + other.num_bytes
+            self.nats + other.nats,
+            self.tokens + other.tokens,
+            self.num_bytes + other.num_bytes,
+            both(self.early, other.early),
+            both(self.late, other.late),
         )
 
 
+def _ratio(total: Number, count: Number) -> Number:
+    return total / count if np.all(count) else total * math.nan
+
+
+def make_score(model: Transformer, *, tile_tokens: int = 4096) -> ScoreStep:
+    """Return (params, batch) → sums of a batch: nats and tokens, of all and of two bands."""
+    token_nats = make_token_nats(model, tile_tokens=tile_tokens)
+
+    def score(params, batch):
+        nats = token_nats(params, batch)
+        length, positions = nats.shape[1], batch["positions"]
+        bands = {
+            "": True,
+            "early_": (positions >= length // 16) & (positions < length // 8),
+            "late_": positions >= length - length // 8,
+        }
+        sums = {}
+        for name, band in bands.items():
+            weights = batch["loss_weights"] * band
+            sums |= {f"{name}nats": jnp.sum(weights * nats), f"{name}tokens": jnp.sum(weights)}
+        return sums
+
+    return score
+
+
 def make_score_step(model: Transformer, mesh: Mesh, *, tile_tokens: int = 4096) -> ScoreStep:
-    """Return the jitted (params, batch) → sums of a batch: loss in nats, tokens, correct."""
-    loss_fn = make_causal_lm_loss(model, tile_tokens=tile_tokens)
-    score = jax.jit(lambda params, batch: loss_fn(params, batch, None)[1])
+    """Return the jitted (params, batch) → sums of a batch that is placed on the mesh."""
+    score = jax.jit(make_score(model, tile_tokens=tile_tokens))
+    return lambda params, batch: score(params, place_batch(_without_cursor(batch), mesh))
 
-    def step(params, batch):
-        arrays = {name: x for name, x in batch.items() if name != "cursor"}
-        return score(params, place_batch(arrays, mesh))
 
-    return step
+def make_stacked_score_step(model: Transformer, *, tile_tokens: int = 4096) -> ScoreStep:
+    """Return the jitted (params [R …], batch) → sums [R] of a batch that all models read."""
+    score = jax.jit(jax.vmap(make_score(model, tile_tokens=tile_tokens), in_axes=(0, None)))
+    return lambda params, batch: score(params, _without_cursor(batch))
+
+
+def _without_cursor(batch: Batch) -> Batch:
+    return {name: x for name, x in batch.items() if name != "cursor"}
 
 
 def score_split(
@@ -81,15 +133,18 @@ def score_split(
             break
         sums.append(score_step(params, batch))
     batches.close()
-    nats, tokens = _total(sums)
+    total = _total(sums)
     bytes_per_token = float(split.num_bytes.sum()) / max(1, int(split.num_targets.sum()))
-    return TextScore(nats, tokens, tokens * bytes_per_token)
+    return dataclasses.replace(total, num_bytes=total.tokens * bytes_per_token)
 
 
 def score_splits(
     score_step: ScoreStep, params: dict, splits: Mapping[str, PreparedSplit], **kwargs
-) -> dict[str, float]:
-    """Return metrics `eval/…` for each source and, where there are several, for all together."""
+) -> dict[str, Number]:
+    """Return metrics `eval/…` for each source and, where there are several, for all together.
+
+    The in-context score is left out where no document is as long as a row.
+    """
     scores = {
         name: score_split(score_step, params, split, **kwargs) for name, split in splits.items()
     }
@@ -99,6 +154,8 @@ def score_splits(
     for name, score in scores.items():
         metrics[f"eval/{name}/loss"] = score.loss_nats_per_token
         metrics[f"eval/{name}/bits_per_byte"] = score.bits_per_byte
+        if not np.any(np.isnan(score.in_context_score)):
+            metrics[f"eval/{name}/in_context_score"] = score.in_context_score
     return metrics
 
 
@@ -122,14 +179,20 @@ def score_documents(
         num_bytes += document.num_bytes
         windows.extend(_windows(document, row_length, stride))
     batches = _window_batches(windows, row_length, batch_tokens)
-    nats, tokens = _total([score_step(params, batch) for batch in batches])
-    return TextScore(nats, tokens, float(num_bytes))
+    total = _total([score_step(params, batch) for batch in batches])
+    return TextScore(total.nats, total.tokens, float(num_bytes))
 
 
-def _total(sums: list[dict[str, jax.Array]]) -> tuple[float, float]:
+def _total(sums: list[dict[str, jax.Array]]) -> TextScore:
     """Sum in float64 on the host: float32 would lose nats over millions of tokens."""
-    sums = jax.device_get(sums)
-    return sum(float(s["loss"]) for s in sums), sum(float(s["tokens"]) for s in sums)
+    found = jax.device_get(sums)
+
+    def of(name: str) -> Number:
+        parts = [np.asarray(part[name], np.float64) for part in found]
+        return sum(parts[1:], parts[0]) if parts and parts[0].ndim else float(sum(parts))
+
+    bands = [(of(f"{name}nats"), of(f"{name}tokens")) for name in ("", "early_", "late_")]
+    return TextScore(*bands[0], 0.0, *bands[1:])
 
 
 def _windows(

@@ -65,6 +65,7 @@ class Report:
     title: str
     facts: Mapping[str, str]
     sections: tuple[Section, ...]
+    command: str = ""  # that made it; told under each figure, which may be seen without the rest
 
 
 def write_report(report: Report, directory: epath.PathLike) -> None:
@@ -109,6 +110,7 @@ def _is_numeric(table: Table, column: int) -> bool:
 
 def to_markdown(report: Report) -> str:
     """Return the report as Markdown (tables as on GitHub); figures lie in report_figures/."""
+    made_by = f"  \n{_md_code(report.command)}" if report.command else ""
     blocks = [f"# {_md(report.title)}"]
     blocks.append("\n".join(f"- **{_md(k)}:** {_md(v)}" for k, v in report.facts.items()))
     for section in report.sections:
@@ -117,9 +119,14 @@ def to_markdown(report: Report) -> str:
         blocks.extend(_markdown_table(table) for table in section.tables)
         for figure in section.figures:
             image = f"![{_md(figure.description)}](report_figures/{figure.name}.svg)"
-            blocks.extend([image, f"*{_md(figure.caption)}*" if figure.caption else ""])
+            caption = f"*{_md(figure.caption)}*" if figure.caption else ""
+            blocks.extend([image, (caption + made_by).strip()])
         blocks.extend(_markdown_sample(sample) for sample in section.samples)
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _md_code(text: str) -> str:
+    return f"`{_printable(text).replace('`', chr(39))}`"
 
 
 def _markdown_table(table: Table) -> str:
@@ -179,6 +186,7 @@ th { border-bottom: 2px solid #555; vertical-align: bottom; }
 figure { margin: 0; max-width: 36rem; break-inside: avoid; }
 figure img { width: 100%; height: auto; }
 figcaption { color: #555; font-size: .9rem; }
+figcaption code { font-size: .75rem; overflow-wrap: anywhere; }
 .sample { margin: 1rem 0; max-width: 42rem; }
 .sample pre { margin: 0; padding: .8rem 1rem; background: #f6f6f4; border-radius: .3rem;
   white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate;
@@ -197,7 +205,7 @@ def to_html(report: Report) -> str:
     facts = "".join(
         f"<div><dt>{_esc(k)}</dt><dd>{_esc(v)}</dd></div>\n" for k, v in report.facts.items()
     )
-    sections = "\n".join(map(_html_section, report.sections))
+    sections = "\n".join(_html_section(section, report.command) for section in report.sections)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -206,12 +214,12 @@ def to_html(report: Report) -> str:
     )
 
 
-def _html_section(section: Section) -> str:
+def _html_section(section: Section, command: str) -> str:
     parts = [f"<section>\n<h2>{_esc(section.title)}</h2>"]
     parts.extend(f"<p>{_esc(part)}</p>" for part in _paragraphs(section.text))
     parts.extend(map(_html_table, section.tables))
     if section.figures:
-        figures = "\n".join(map(_html_figure, section.figures))
+        figures = "\n".join(_html_figure(figure, command) for figure in section.figures)
         parts.append(f'<div class="figures">\n{figures}\n</div>')
     parts.extend(map(_html_sample, section.samples))
     return "\n".join([*parts, "</section>"])
@@ -235,11 +243,13 @@ def _html_table(table: Table) -> str:
     return f'<div class="table"><table>{caption}\n{body}\n</table></div>'
 
 
-def _html_figure(figure: Figure) -> str:
+def _html_figure(figure: Figure, command: str) -> str:
     # As an image and not inline: two drawings may use the same ids inside.
     data = base64.b64encode(figure.svg.encode()).decode()
     image = f'<img alt="{_esc(figure.description)}" src="data:image/svg+xml;base64,{data}">'
-    caption = f"<figcaption>{_esc(figure.caption)}</figcaption>" if figure.caption else ""
+    parts = [_esc(figure.caption)] if figure.caption else []
+    parts += [f"<code>{_esc(command)}</code>"] if command else []
+    caption = f"<figcaption>{'<br>'.join(parts)}</figcaption>" if parts else ""
     return f"<figure>{image}{caption}</figure>"
 
 

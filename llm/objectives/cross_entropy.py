@@ -38,15 +38,29 @@ def tiled_cross_entropy(
     return sums["loss"] + z_loss * sums["z_loss"], sums
 
 
+def tiled_token_nats(
+    unembed: Unembed,
+    tile_tokens: int,
+    head: dict,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+) -> Float[Array, "B T"]:
+    """Return −log p(target) of every token, in nats; made for evaluation, without a gradient."""
+
+    def one(h, t):
+        logits = unembed(head, h)
+        return {}, jax.nn.logsumexp(logits, axis=-1) - _chosen(logits, t)[0]
+
+    return _over_tiles(one, tile_tokens, (hidden, targets))[1]
+
+
 def _tile_sums(logits, targets, weights, z_loss: float) -> tuple[Sums, Array]:
     """Return a tile's sums and the gradient of its part of the objective towards its logits."""
     largest = jnp.max(logits, axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - largest)
     total = jnp.sum(exponentials, axis=-1, keepdims=True)
     log_z = (jnp.log(total) + largest)[..., 0]
-    # compared rather than gathered: a vocabulary split over devices stays where it is
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    chosen = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    chosen, is_target = _chosen(logits, targets)
     sums = {
         "loss": jnp.sum(weights * (log_z - chosen)),
         "z_loss": jnp.sum(weights * log_z**2),
@@ -55,6 +69,13 @@ def _tile_sums(logits, targets, weights, z_loss: float) -> tuple[Sums, Array]:
     scale = weights * (1.0 + 2.0 * z_loss * log_z)
     gradient = exponentials * (scale[..., None] / total)
     return sums, gradient - jnp.where(is_target, weights[..., None], 0.0)
+
+
+def _chosen(logits, targets) -> tuple[Array, Array]:
+    """Return the targets' logits, and where they are among the logits."""
+    # compared rather than gathered: a vocabulary split over devices stays where it is
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), is_target
 
 
 def _over_tiles(fn, tile_tokens: int, arrays):

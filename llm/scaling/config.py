@@ -22,6 +22,8 @@ class LadderConfig:
     tokens: tuple[int, ...] = ()
     flops: tuple[float, ...] = ()
     tokens_per_param: tuple[float, ...] = ()
+    # Lengths of fewer or more tokens a parameter are left out; None: none is.
+    tokens_per_param_between: tuple[float, float] | None = None
     # What members of a group differ in. A seed is of initialisation and of the order of the data.
     learning_rates: tuple[float, ...] = (3e-4,)
     weight_decays: tuple[float, ...] = (0.1,)
@@ -43,5 +45,8 @@ class LadderConfig:
         for name in ("tokens", "flops", "tokens_per_param", "learning_rates", "init_scales"):
             if any(value <= 0 for value in getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+        between = self.tokens_per_param_between
+        if between is not None and not 0 <= between[0] < between[1]:
+            raise ValueError(f"tokens_per_param_between={between}: give a least and a larger most")
         if not self.unique_tokens:
             raise ValueError("unique_tokens is empty: give (None,) for all the data")

@@ -40,9 +40,3 @@ def prefix_matching_scores(
     queries = jnp.arange(segment_tokens, weights.shape[3])
     keys = queries - segment_tokens + 1
     return jnp.mean(weights[:, :, :, queries, keys], axis=(1, 3))
-
-
-def in_context_score(losses: Float[Array, "B T"], early: int, late: int) -> Float[Array, ""]:
-    """Return the loss at the late position less that at the early one, in nats: negative where
-    context helps. (Olsson et al. take the 500th and the 50th of 512.)"""
-    return jnp.mean(losses[:, late] - losses[:, early])

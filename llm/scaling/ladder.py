@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 from llm.models.config import TransformerConfig
 from llm.models.presets import from_depth
@@ -88,6 +89,10 @@ def make_groups(
                     "or length, or take a smaller batch or warm-up"
                 )
             groups.append(group)
+    if not groups:
+        raise ValueError(
+            f"ladder {name!r}: no length has {config.tokens_per_param_between} tokens a parameter"
+        )
     names = [group.name for group in groups]
     for twice in {n for n in names if names.count(n) > 1}:
         raise ValueError(f"ladder {name!r} asks for {twice} twice: two lengths are the same")
@@ -119,8 +124,10 @@ def make_model(
 def _lengths(config: LadderConfig, model: TransformerConfig) -> list[tuple[float, float]]:
     """Return (what was asked for, tokens) of each length of the ladder at one size."""
     params = num_active_params(model)
-    return [
+    low, high = config.tokens_per_param_between or (0.0, math.inf)
+    lengths = [
         *((float(tokens), float(tokens)) for tokens in config.tokens),
         *((flops, flops / (6.0 * params)) for flops in config.flops),
         *((ratio, ratio * params) for ratio in config.tokens_per_param),
     ]
+    return [(budget, tokens) for budget, tokens in lengths if low <= tokens / params <= high]

@@ -1,5 +1,6 @@
 """The jitted training step of every stage: (state, batch) → (state, metrics). Second floor."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, no_type_check
 
@@ -42,7 +43,7 @@ def make_train_step(
     accumulate_steps: int = 1,
     rates: Rates | None = None,
     count: str = "tokens",
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+) -> "TrainStep":
     """Return the jitted step. It donates the state, and takes this host's slice of the batch.
 
     Each is a `make_step_fn` step at the config's learning rate.
@@ -62,7 +63,27 @@ def make_train_step(
         donate_argnums=0,
         out_shardings=(shardings, replicated),
     )
-    return lambda state, batch: jitted(state, place_batch(batch, mesh))
+    return TrainStep(jitted, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A jitted step, called with this host's slice of the batch, or lowered with shapes."""
+
+    jitted: Any
+    mesh: Mesh
+
+    def __call__(
+        self, state: TrainState, batch: dict[str, Any]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        return self.jitted(state, place_batch(batch, self.mesh))
+
+    def lower(
+        self, state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]
+    ) -> jax.stages.Lowered:
+        """Lower for the mesh's devices, which need not be here."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(state, batch)
 
 
 def make_step_fn(

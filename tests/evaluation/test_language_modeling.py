@@ -11,6 +11,7 @@ from llm.data.prepared import StoredDocument, write_split
 from llm.evaluation.language_modeling import (
     TextScore,
     make_score_step,
+    make_stacked_score_step,
     score_documents,
     score_split,
     score_splits,
@@ -113,6 +114,35 @@ def test_packed_conversations_cost_what_each_costs_alone(step, params, documents
     apart = score_documents(step, params, split.documents(), row_length=length, batch_tokens=64)
     assert (apart.tokens, apart.num_bytes) == (count, 7 * len(documents))
     assert apart.nats == pytest.approx(expected, rel=1e-5)
+
+
+def test_in_context_score_is_the_loss_of_late_targets_less_that_of_early_ones(
+    step, params, tmp_path
+):
+    """Two documents of a row each and one that is too short to have late targets."""
+    random = np.random.default_rng(7)
+    documents = [random.integers(0, VOCAB, n).astype(np.int32) for n in (17, 17, 9)]
+    split = write_split(tmp_path / "split", [StoredDocument(d, 1) for d in documents], VOCAB)
+    nats = [-log_probs(params, d[:-1])[np.arange(len(d) - 1), d[1:]] for d in documents]
+    early = np.mean([found[1] for found in nats])  # 1/16 to 1/8 of 16 tokens
+    late = np.mean([found[14:] for found in nats[:2]])
+    options = dict(row_length=LENGTH, batch_sequences=2)
+    score = score_split(step, params, split, **options)
+    assert score.in_context_score == pytest.approx(late - early, rel=1e-4)
+    short = write_split(tmp_path / "short", [StoredDocument(documents[2], 1)], VOCAB)
+    metrics = score_splits(step, params, {"short": short}, **options)
+    assert set(metrics) == {"eval/short/loss", "eval/short/bits_per_byte"}
+
+
+def test_stacked_models_score_as_each_alone(step, params, documents, tmp_path):
+    other = jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(1))
+    both = jax.tree.map(lambda *x: jnp.stack(x), params, other)
+    splits = {"a": write_split(tmp_path / "a", [StoredDocument(d, 3) for d in documents], VOCAB)}
+    options = dict(row_length=LENGTH, batch_sequences=2)
+    stacked = score_splits(make_stacked_score_step(MODEL), both, splits, **options)
+    for i, alone in enumerate((params, other)):
+        for name, value in score_splits(step, alone, splits, **options).items():
+            assert stacked[name][i] == pytest.approx(value, rel=1e-5), name
 
 
 def test_metrics_of_several_sources_have_an_all(step, params, documents, tmp_path):

@@ -12,7 +12,7 @@ from llm.models.config import TransformerConfig
 from llm.models.transformer import Transformer, init_params
 from llm.models.unstack import unstack, unstacked
 from llm.scaling.fourier import fourier_power, key_frequencies
-from llm.scaling.induction import attention_weights, in_context_score, prefix_matching_scores
+from llm.scaling.induction import attention_weights, prefix_matching_scores
 
 ATTENTION_ONLY = TransformerConfig(
     vocab_size=20,
@@ -72,11 +72,6 @@ def test_a_perfect_induction_head_scores_one():
     even /= even.sum(-1, keepdims=True)
     expected = np.mean([1 / (query + 1) for query in range(5, 10)])
     np.testing.assert_allclose(prefix_matching_scores(jnp.asarray(even), 5), [[expected]])
-
-
-def test_in_context_score_is_late_less_early():
-    losses = jnp.array([[5.0, 4.0, 1.0], [6.0, 4.0, 2.0]])
-    assert float(in_context_score(losses, early=0, late=2)) == -4.0
 
 
 def test_spectrum_of_two_frequencies():

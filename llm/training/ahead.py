@@ -1,0 +1,88 @@
+"""A training step compiled for devices that need not be here: does a run fit? Second floor.
+
+libtpu compiles for a TPU topology on any machine: `topology_devices("v5p:8x8x8")`.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llm.models.transformer import Model, init_params
+from llm.parallel.rules import batch_sharding
+from llm.training.state import TrainState, fresh_state, state_shardings
+
+
+def topology_devices(name: str) -> Sequence[jax.Device]:
+    """Return the devices of a TPU topology, as v5e:4x4, without one being here.
+
+    Raises:
+      ValueError: libtpu is not installed, or knows no such topology.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks a cloud's metadata server
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # of what type depends on what is missing
+        raise ValueError(
+            f"no devices for {name!r}: {error}; topologies are named v5e:4x4, v5p:4x4x4, v6e:8x8, "
+            "and libtpu must be installed (extra [tpu])"
+        ) from error
+
+
+def abstract_state(
+    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool = False
+) -> TrainState:
+    """Return the shapes of a fresh state and where they lie."""
+    make = functools.partial(
+        fresh_state, functools.partial(init_params, model), optimizer, init_scale=1.0, ema=ema
+    )
+    shapes = jax.eval_shape(lambda key: make(key=key), jax.eval_shape(lambda: jax.random.key(0)))
+    return jax.tree.map(_placed, shapes, state_shardings(model, optimizer, mesh, ema=ema))
+
+
+def abstract_batch(
+    mesh: Mesh, num_sequences: int, length_tokens: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of a packed batch and where they lie."""
+    names = ("tokens", "targets", "segment_ids", "positions", "loss_weights")
+    rows = {
+        name: jax.ShapeDtypeStruct(
+            (num_sequences, length_tokens),
+            jnp.float32 if name == "loss_weights" else jnp.int32,
+            sharding=batch_sharding(mesh, 2),
+        )
+        for name in names
+    }
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return rows | {"cursor": jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated)}
+
+
+def _placed(x, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+class ChipMemory(NamedTuple):
+    """What a compiled step needs on each chip, in bytes."""
+
+    state: int  # parameters, optimizer, batch: lives through the step
+    temporaries: int  # gradients, activations, scratch: at their height
+
+    @property
+    def total(self) -> int:
+        return self.state + self.temporaries
+
+
+def chip_memory(compiled: jax.stages.Compiled) -> ChipMemory:
+    """Return the compiler's own account of a step's memory a chip."""
+    found = compiled.memory_analysis()
+    # The state that comes out takes the place of the one that went in (it is donated).
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+    return ChipMemory(found.argument_size_in_bytes + outputs, found.temp_size_in_bytes)
