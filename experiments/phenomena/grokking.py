@@ -135,11 +135,12 @@ def describe_grokking(config: GrokkingConfig, rows: Sequence[Row]) -> Findings:
         ),
     )
     text = (
-        f"Pairs a, b with a + b modulo {config.modulus}; {config.train_fraction:.0%} of them are "
-        "trained on, all at each step, and both orders of a pair are on one side. A run knows its "
-        f"pairs when it is right on {LEARNT:.0%} of them and has understood when it is right on "
-        "as many of the others. An embedding that has found the group is made of few frequencies; "
-        f"a random one needs most of the {config.modulus // 2} for 90% of its variance."
+        f"Pairs a, b with a + b modulo {config.modulus}; a random {config.train_fraction:.0%} of "
+        "them are trained on, all at each step; those of which neither order is are held out. A "
+        f"run knows its pairs when it is right on {LEARNT:.0%} of them and has understood when it "
+        "is right on as many of those held out. An embedding that has found the group is made of "
+        f"few frequencies; a random one needs most of the {config.modulus // 2} for 90% of its "
+        "variance."
     )
     columns = (
         "Decay",

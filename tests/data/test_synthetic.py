@@ -1,7 +1,5 @@
 """Made-up tasks: literal rows, splits that do not leak, batches of one place."""
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -43,19 +41,29 @@ def test_both_orders_have_the_same_problems():
     np.testing.assert_array_equal(plain.tokens[:, 8:], backwards.tokens[:, :7:-1])
 
 
-def test_modular_addition_is_all_pairs_and_mirrors_stay_together():
+def test_modular_addition_holds_out_what_was_seen_in_neither_order():
     train, held_out = modular_addition(13, 0.4, seed=2)
     tokens = np.concatenate([train.tokens, held_out.tokens])
-    assert sorted(map(tuple, tokens[:, :2].tolist())) == list(
-        itertools.product(range(13), repeat=2)
-    )
     np.testing.assert_array_equal((tokens[:, 0] + tokens[:, 1]) % 13, tokens[:, 3])
     assert set(tokens[:, 2]) == {13}
-    assert len(train.tokens) == pytest.approx(0.4 * 169, abs=1)
-    pairs = {tuple(row[:2]) for row in train.tokens.tolist()}
-    assert pairs == {(b, a) for a, b in pairs}
     np.testing.assert_array_equal(np.unique(train.weights, axis=0), [[0, 0, 1]])
-    assert not np.array_equal(train.tokens, modular_addition(13, 0.4, seed=3)[0].tokens)
+    seen, others = (
+        {tuple(row[:2]) for row in split.tokens.tolist()} for split in (train, held_out)
+    )
+    assert (len(seen), len(others)) == (len(train.tokens), len(held_out.tokens))  # each once
+    assert not others & (seen | {(b, a) for a, b in seen})
+    assert others == {(b, a) for a, b in others}
+    assert len(seen) == pytest.approx(0.4 * 169, abs=1)
+    # Of pairs drawn one by one, as many are missed in both orders, and as many drawn in both.
+    unequal = 13 * 12
+    assert sum(a != b for a, b in others) == pytest.approx(0.6**2 * unequal, abs=2)
+    assert sum(a != b and (b, a) in seen for a, b in seen) == pytest.approx(0.16 * unequal, abs=4)
+
+
+def test_modular_addition_differs_by_seed_and_not_in_size():
+    one, other = (modular_addition(13, 0.4, seed) for seed in (2, 3))
+    assert not np.array_equal(one[0].tokens, other[0].tokens)
+    assert [x.tokens.shape for x in one] == [x.tokens.shape for x in other]
     with pytest.raises(ValueError, match="train_fraction"):
         modular_addition(13, 1.0, seed=0)
 
