@@ -67,7 +67,7 @@ def grokking(*, modulus: int, train_fraction: float, total_steps: int, seeds) ->
 
 def addition() -> AdditionConfig:
     return AdditionConfig(
-        digits=(2,),
+        digits=(2, 3),
         num_examples=(500, 1000, 2000),
         num_held_out=500,
         total_steps=1000,
@@ -123,13 +123,12 @@ def few_shot() -> FewShotConfig:
         word_letters=3,
         shots=(0, 1, 2, 4),
         batch_sequences=32,
-        num_held_out=256,
+        num_held_out=512,
         total_steps=2000,
         num_evaluations=20,
-        seeds=(0, 1),
         models={
             f"{layers}x{width}": small(width, num_layers=layers, vocab=28)
-            for width, layers in ((16, 1), (32, 1), (32, 2), (64, 2), (96, 2))
+            for width, layers in ((16, 1), (32, 1), (32, 2), (48, 2), (64, 2), (96, 2))
         },
         optimizer=OptimizerConfig(learning_rate=2e-3, beta2=0.98),
         schedule=ScheduleConfig(name="linear", warmup_steps=50, final_fraction=0.0),

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pyarrow.parquet
-from absl import flags
 from etils import epath
 
 from configs.schema import EmergenceConfig
@@ -93,7 +92,7 @@ def write_emergence_report(
         "wall time": format_duration(wall_seconds["total"]),
         "config": "config.json, overrides included",
     }
-    command = f"python -m experiments.emergence --config={flags.FLAGS.config}"
+    command = entry.command_line()
     write_report(Report("Emergence in small models", headline, sections, command), workdir)
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -105,6 +106,12 @@ def profiled(config: Any, num_steps: int) -> Any:
         return config
     run_config = dataclasses.replace(config.run, profile_num_steps=num_steps)
     return dataclasses.replace(config, run=run_config)
+
+
+def command_line() -> str:
+    """Return the command that is running, as it is typed from the repository's root."""
+    name = os.path.splitext(os.path.basename(sys.argv[0]))[0]
+    return shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
 
 
 def print_json(report: Any) -> None:

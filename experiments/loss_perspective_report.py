@@ -8,6 +8,7 @@ from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 
+from experiments import entry
 from llm.evaluation.figures import as_figure
 from llm.evaluation.report import Figure, Report, Section, Table, write_report
 from llm.scaling.loss_perspective import PolynomialFit, ScoreTable
@@ -55,7 +56,8 @@ def write_loss_report(
         Section("How well each tells the scores", text, (_table(fits),)),
         Section("Scores against compute and against loss", figures=figures),
     )
-    write_report(Report("Scores by compute and by loss", facts, sections), directory)
+    command = entry.command_line()
+    write_report(Report("Scores by compute and by loss", facts, sections, command), directory)
 
 
 def _table(fits: Fits) -> Table:

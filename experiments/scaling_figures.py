@@ -24,7 +24,7 @@ def curves_figure(rows: Rows) -> Figure:
         found = [row for row in rows if row["run"] == run and row["step"] > 0]
         flops, loss = [row["flops"] for row in found], [row["loss"] for row in found]
         axes.plot(flops, loss, color=colours[found[0]["params"]], linewidth=0.9)
-        points += zip(flops, loss, strict=True)
+        points += [(*point, found[0]["params"]) for point in zip(flops, loss, strict=True)]
     points.sort()
     flops = np.array([point[0] for point in points])
     least = np.minimum.accumulate([point[1] for point in points])
@@ -38,10 +38,26 @@ def curves_figure(rows: Rows) -> Figure:
     description = (
         f"Held-out loss over compute of {len(sizes)} sizes, {sizes[0]:,} to {sizes[-1]:,}."
     )
-    return as_figure("loss-curves", drawing, description, "Every run, and the compute envelope.")
+    return as_figure("loss-curves", drawing, description, envelope_in_words(points))
 
 
-def transfer_figure(ladders: Mapping[str, Rows]) -> Figure:
+def envelope_in_words(points: Sequence[tuple[float, float, int]]) -> str:
+    """Return what points of (FLOPs, loss, parameters), by FLOPs, show of the least loss."""
+    best, least = [], np.inf
+    for flops, loss, size in points:
+        if loss < least:
+            least = loss
+            best.append((flops, loss, size))
+    if not best:
+        return ""
+    (first, _, small), (last, loss, large) = best[len(best) // 10], best[-1]
+    return (
+        f"Every run, and the compute envelope: the least loss is of {small:,} parameters at "
+        f"{first:.1e} FLOPs and of {large:,} at {last:.1e}, where it is {loss:.3f}."
+    )
+
+
+def transfer_figure(optimizer: str, ladders: Mapping[str, Rows]) -> Figure:
     """Draw the final loss over the learning rate by width, one panel a ladder."""
     drawing, panels = draw_panels(len(ladders))
     for axes, (name, rows) in zip(panels, ladders.items(), strict=True):
@@ -68,7 +84,18 @@ def transfer_figure(ladders: Mapping[str, Rows]) -> Figure:
         f"{name}, best at {', '.join(f'{r:.3g}' for r in best_rates(rows).values())}"
         for name, rows in ladders.items()
     )
-    return as_figure("transfer", drawing, description + ".", "Rings mark each width's best rate.")
+    moved = ", ".join(f"{name} {octaves(rows):+.1f}" for name, rows in ladders.items())
+    caption = (
+        "Rings mark each width's best rate. From the narrowest model to the widest it moves by so "
+        f"many factors of two: {moved}."
+    )
+    return as_figure(f"transfer-{optimizer}", drawing, description + ".", caption)
+
+
+def octaves(rows: Rows) -> float:
+    """Return by how many factors of two the best rate of the widest lies above the narrowest's."""
+    found = best_rates(rows)
+    return float(np.log2(found[max(found)] / found[min(found)]))
 
 
 def rate_curve(rows: Rows) -> tuple[np.ndarray, np.ndarray]:

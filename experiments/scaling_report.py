@@ -1,30 +1,32 @@
 """The report of a ladder: what was run, the laws fitted to it, and what the figures show."""
 
+import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-from absl import flags
 from etils import epath
 
 from configs.schema import ScalingConfig
 from experiments import entry
 from experiments.fit_figures import Plotted, figures_of
 from experiments.fit_methods import FitOptions, analyse
-from experiments.fit_report import PLOTTED_COLUMNS
-from experiments.fit_summary import Analysis, estimate_rows, held_out_in_words, optimum_in_words
+from experiments.fit_report import PLOTTED_COLUMNS, law_tables
+from experiments.fit_summary import Analysis, held_out_in_words, optimum_in_words
 from experiments.scaling_figures import (
     best_rates,
     curves_figure,
     in_context_figure,
+    octaves,
     repetition_figure,
     transfer_figure,
 )
 from llm.evaluation.facts import hardware_facts, version_facts
-from llm.evaluation.report import Report, Section, Table, write_report
+from llm.evaluation.report import Figure, Report, Section, Table, write_report
 from llm.evaluation.tables import facts_table, format_duration, wall_time_table
 from llm.scaling.config import LadderConfig
 from llm.scaling.runs import NotIdentifiableError, Runs
@@ -75,8 +77,7 @@ def write_scaling_report(
         "wall time": format_duration(wall_seconds["total"]),
         "config": "config.json, overrides included",
     }
-    command = f"python -m experiments.scaling --config={flags.FLAGS.config}"
-    write_report(Report("Scaling curves", facts, tuple(sections), command), workdir)
+    write_report(Report("Scaling curves", facts, tuple(sections), entry.command_line()), workdir)
 
 
 # ------------------------------------------------------------------------------- laws
@@ -137,7 +138,7 @@ def _law_sections(
         f"Loss over compute: {name}",
         "Every run of the ladder from its first evaluation to its last. Where the curves of larger "
         "models come below those of smaller ones the best size grows with compute.",
-        figures=(curves_figure(rows),),
+        figures=_named(name, (curves_figure(rows),)),
     )
     done, refused = analyses(name, rows, config)
     sections = [curves]
@@ -151,7 +152,7 @@ def _told(
     name: str, done: Sequence[Analysis], refused: Mapping[str, str], plotted: Plotted
 ) -> tuple[list[Section], dict[str, Any]]:
     """Return a section for each fit and one for those refused, and numbers for summary.json."""
-    sections = [_law_section(analysis, plotted) for analysis in done]
+    sections = [_law_section(name, analysis, plotted) for analysis in done]
     summary: dict[str, Any] = {analysis.method: _law_summary(analysis) for analysis in done}
     if refused:
         text = "\n\n".join(f"{method}: {reason}." for method, reason in refused.items())
@@ -160,21 +161,29 @@ def _told(
     return sections, summary
 
 
-def _law_section(analysis: Analysis, plotted: Plotted) -> Section:
+def _named(ladder: str, figures: Sequence[Figure]) -> tuple[Figure, ...]:
+    """Return the figures under names that no other ladder's have."""
+    return tuple(dataclasses.replace(x, name=_slug(f"{ladder}-{x.name}")) for x in figures)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-zA-Z0-9]+", "-", name)
+
+
+def _law_section(name: str, analysis: Analysis, plotted: Plotted) -> Section:
     text = [analysis.headline(), *map(optimum_in_words, analysis.optima)]
     if analysis.held_out is not None:
         text.append(held_out_in_words(analysis.held_out))
     text += analysis.notes
     text = [f"{part[0].upper()}{part[1:].rstrip('.')}." for part in text]
-    tables = ()
-    if estimates := analysis.fit.estimates():
-        columns = ("Constant", "Estimate", f"{analysis.fit.level:.0%} interval")
-        tables = (Table(columns, tuple(estimate_rows(estimates))),)
+    drawn, where = Plotted(), f"{name}-{analysis.method}"
+    figures = _named(where, figures_of(analysis, drawn))
+    plotted.rows += [(_slug(f"{where}-{figure}"), *point) for figure, *point in drawn.rows]
     return Section(
-        f"{analysis.method.capitalize()} fit",
+        f"{analysis.method.replace('_', '-').capitalize()} fit: {name}",
         "\n\n".join(text),
-        tables,
-        figures_of(analysis, plotted),
+        law_tables(analysis),
+        figures,
     )
 
 
@@ -225,19 +234,20 @@ def _transfer_section(rates: Mapping[str, Rows]) -> Section:
     for name, rows in rates.items():
         found = best_rates(rows)
         widths = sorted(found)
-        octaves = np.log2(found[widths[-1]] / found[widths[0]])
         rates_of = ", ".join(f"{found[width]:.3g}" for width in widths)
         what = f"{rows[0]['optimizer']}, {rows[0]['parametrisation']}"
-        table.append((name, what, ", ".join(map(str, widths)), rates_of, float(octaves)))
+        table.append((name, what, ", ".join(map(str, widths)), rates_of, octaves(rows)))
     text = (
         "The same length of training at every width and learning rate. Under muP the best rate "
         "should stay where it is as the model grows wider; the last column tells by how many "
         "factors of two it moved from the narrowest to the widest."
     )
     columns = ("Ladder", "Parametrisation", "Widths", "Best rates", "Shift (octaves)")
-    return Section(
-        "Learning-rate transfer", text, (Table(columns, tuple(table)),), (transfer_figure(rates),)
-    )
+    by_optimizer: dict[str, dict[str, Rows]] = {}
+    for name, rows in rates.items():
+        by_optimizer.setdefault(rows[0]["optimizer"], {})[name] = rows
+    figures = tuple(transfer_figure(*item) for item in by_optimizer.items())
+    return Section("Learning-rate transfer", text, (Table(columns, tuple(table)),), figures)
 
 
 def _in_context_section(name: str, rows: Rows) -> Section:
@@ -246,7 +256,9 @@ def _in_context_section(name: str, rows: Rows) -> Section:
         "their document, less that of tokens with 1/16 to 1/8 (Olsson et al. 2022, who take the "
         "500th and the 50th of 512), on held-out text."
     )
-    return Section(f"In-context score: {name}", text, figures=(in_context_figure(rows),))
+    return Section(
+        f"In-context score: {name}", text, figures=_named(name, (in_context_figure(rows),))
+    )
 
 
 def _like(one: LadderConfig, other: LadderConfig) -> bool:
@@ -269,7 +281,9 @@ def _repetition_sections(
         "The same lengths of training with ever less text, which is then read several times. "
         "Training loss goes on falling; held-out loss tells what a repetition is worth."
     )
-    section = Section(f"Repeated text: {name}", text, (table,), (repetition_figure(rows),))
+    section = Section(
+        f"Repeated text: {name}", text, (table,), _named(name, (repetition_figure(rows),))
+    )
     source = "ladders " + " and ".join(dict.fromkeys(row["ladder"] for row in pooled))
     fits = _attempt(source, {"data_constrained": as_runs(selected(pooled))}, config)
     found, summary = _told(name, *fits, plotted)

@@ -1,7 +1,7 @@
 """Addition of several digits: the order of the sum's digits decides how many examples it takes."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -12,6 +12,7 @@ from experiments.phenomena.common import (
     Findings,
     Row,
     answers_of,
+    mean_interval,
     read_rows,
     stacked,
     train_group,
@@ -83,15 +84,18 @@ def describe_addition(config: AdditionConfig, rows: Sequence[Row]) -> Findings:
     for row in last:
         key = (row["digits"], row["model"], row["params"], row["num_examples"], row["order"])
         groups.setdefault(key, []).append(row)
-    table, summary = [], {}
+    table, summary, intervals = [], {}, {}
     for key, found in sorted(groups.items()):
         exact = np.array([row["test/exact_match"] for row in found])
         product = np.mean([row["test/product_of_accuracies"] for row in found])
         token = np.mean([row["test/token_accuracy"] for row in found])
         nats = np.mean([row["test/answer_nats"] for row in found])
-        table.append((*key, exact.mean(), exact.min(), exact.max(), product, token, nats))
+        mean, low, high = mean_interval(exact)
+        table.append((*key, mean, f"{low:.3f} to {high:.3f}", product, token, nats))
+        intervals[key] = low, high
         summary["/".join(map(str, (f"{key[0]}digits", key[1], key[3], key[4])))] = {
             "exact_match": exact.tolist(),
+            "interval": (low, high),
             "product_of_accuracies": float(product),
         }
     gap = [row["test/exact_match"] - row["test/product_of_accuracies"] for row in rows]
@@ -102,16 +106,16 @@ def describe_addition(config: AdditionConfig, rows: Sequence[Row]) -> Findings:
     digits = max(config.digits)
     largest = max(row["params"] for row in rows)
     most = max(config.num_examples)
-    chance = 10.0 ** -(digits + 1)
     shown = [row for row in rows if row["digits"] == digits and row["params"] == largest]
-    common = dict(measure="test", chance=chance, by=lambda row: row["order"])
+    common = dict(measure="test", choices=10, answer_tokens=digits + 1, by=lambda row: row["order"])
+    bands = "bands: range over seeds."
     figures = [
         metrics_figure(
             "addition-training",
             [row for row in shown if row["num_examples"] == most],
             x="step",
             label="training step",
-            caption=f"{digits} digits, {most} examples, the largest model; bands: over seeds.",
+            caption=f"{digits} digits, {most} examples, the largest model; {bands}",
             description=f"Held-out sums of {digits} digits over training, by order of the sum.",
             **common,
         )
@@ -124,7 +128,7 @@ def describe_addition(config: AdditionConfig, rows: Sequence[Row]) -> Findings:
                 x="num_examples",
                 label="training examples",
                 log=True,
-                caption=f"{digits} digits, the largest model, at the end of training.",
+                caption=f"{digits} digits, the largest model, at the end of training; {bands}",
                 description="Held-out sums by number of training examples, by order of the sum.",
                 **common,
             )
@@ -137,7 +141,7 @@ def describe_addition(config: AdditionConfig, rows: Sequence[Row]) -> Findings:
                 x="params",
                 label="parameters",
                 log=True,
-                caption=f"{digits} digits, {most} examples, at the end of training.",
+                caption=f"{digits} digits, {most} examples, at the end of training; {bands}",
                 description="Held-out sums by model size, by order of the sum.",
                 **common,
             )
@@ -147,10 +151,11 @@ def describe_addition(config: AdditionConfig, rows: Sequence[Row]) -> Findings:
         "written plain or reversed. Reversed, a digit needs two digits and a carry that is already "
         "there; plain, the first digit needs all of them. Exact match is held against the product "
         "of the accuracies of its digits: it would equal it if digits failed independently. It "
-        f"differs by {np.mean(gap):+.3f} on average and {np.max(np.abs(gap)):.3f} at most."
+        f"differs by {np.mean(gap):+.3f} on average and {np.max(np.abs(gap)):.3f} at most.\n\n"
+        f"{apart_in_words(intervals)}"
     )
     columns = (
-        "Digits", "Model", "Parameters", "Examples", "Order", "Exact match", "least", "most",
+        "Digits", "Model", "Parameters", "Examples", "Order", "Exact match", "95% interval",
         "Product", "Token accuracy", "Nats",
     )  # fmt: skip
     changes = changes_table(
@@ -159,7 +164,8 @@ def describe_addition(config: AdditionConfig, rows: Sequence[Row]) -> Findings:
         measure="test",
         by=lambda row: row["order"],
     )
-    tables = [Table(columns, tuple(table)), changes]
+    caption = "Exact match of held-out sums: mean and Student-t interval over seeds."
+    tables = [Table(columns, tuple(table), caption), changes]
     if len(config.models) > 2:
         tables.append(
             forecasts_table(
@@ -173,3 +179,21 @@ def describe_addition(config: AdditionConfig, rows: Sequence[Row]) -> Findings:
         )
     section = Section("Addition", text, tuple(tables), tuple(figures))
     return Findings(section, summary)
+
+
+def apart_in_words(intervals: Mapping[tuple, tuple[float, float]]) -> str:
+    """Return where reversed sums lie above plain ones with disjoint intervals."""
+    apart, compared = [], 0
+    for (*where, order), (low, _) in intervals.items():
+        if order == "reversed" and (*where, "plain") in intervals:
+            compared += 1
+            if low > intervals[(*where, "plain")][1]:
+                digits, model, _, examples = where
+                apart.append(f"{digits} digits, {model}, {examples:,} examples")
+    if not compared:
+        return ""
+    found = "; ".join(apart) if apart else "none"
+    return (
+        f"Reversed lies above plain with disjoint 95% intervals in {len(apart)} of {compared} "
+        f"settings: {found}."
+    )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from scipy import stats
 
 from configs.schema import EmergenceConfig
 from experiments.members import train_members
@@ -196,6 +197,15 @@ def first_step(rows: Sequence[Row], metric: str, least: float = LEARNT) -> int |
     """Return the first step at which a metric of one run reaches a level; None: never."""
     reached = [row["step"] for row in rows if row.get(metric, -np.inf) >= least]
     return min(reached, default=None)
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Return the mean of shares over seeds and its Student-t interval, within 0 and 1."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, 0.0, 1.0
+    width = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
+    return mean, max(0.0, mean - float(width)), min(1.0, mean + float(width))
 
 
 def runs_of(rows: Sequence[Row], *names: str) -> dict[tuple, list[Row]]:

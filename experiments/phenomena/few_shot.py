@@ -80,7 +80,7 @@ def describe_few_shot(config: FewShotConfig, rows: Sequence[Row]) -> Findings:
         for row in final
         for n in config.shots
     ]
-    chance = float(LETTERS) ** -config.word_letters
+    guess = dict(choices=LETTERS, answer_tokens=config.word_letters)
     figures = (
         metrics_figure(
             "few-shot-size",
@@ -89,8 +89,8 @@ def describe_few_shot(config: FewShotConfig, rows: Sequence[Row]) -> Findings:
             x="params",
             label="parameters",
             log=True,
-            by=lambda row: f"{row['shots']} examples",
-            chance=chance,
+            by=lambda row: shots_in_words(row["shots"]),
+            **guess,
             caption="At the end of training, by number of examples shown; bands: range over seeds.",
             description="Few-shot accuracy and nats over model size.",
         ),
@@ -101,7 +101,7 @@ def describe_few_shot(config: FewShotConfig, rows: Sequence[Row]) -> Findings:
             x="step",
             label="training step",
             by=lambda row: row["model"],
-            chance=chance,
+            **guess,
             caption=f"After {most} examples, over training, by model.",
             description="Few-shot accuracy and nats over training.",
         ),
@@ -115,9 +115,9 @@ def describe_few_shot(config: FewShotConfig, rows: Sequence[Row]) -> Findings:
         row[0]: dict(zip((f"{n}_shots" for n in config.shots), row[2:], strict=True))
         for row in table
     }
-    columns = ("Model", "Parameters", *(f"{n} examples" for n in config.shots))
+    columns = ("Model", "Parameters", *map(shots_in_words, config.shots))
     caption = "Exact match of held-out words, mean over seeds."
-    over_size = dict(x="params", measure="shown", by=lambda row: f"{row['shots']} examples")
+    over_size = dict(x="params", measure="shown", by=lambda row: shots_in_words(row["shots"]))
     forecasts = forecasts_table(
         by_shots,
         answer_tokens=config.word_letters,
@@ -131,3 +131,7 @@ def describe_few_shot(config: FewShotConfig, rows: Sequence[Row]) -> Findings:
     )
     section = Section("Few-shot learning", text, tables, figures)
     return Findings(section, summary)
+
+
+def shots_in_words(shots: int) -> str:
+    return f"{shots} example" + "s" * (shots != 1)

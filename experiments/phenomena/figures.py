@@ -72,29 +72,57 @@ def metrics_figure(
     x: str,
     label: str,
     by: Key,
-    chance: float,
+    choices: int,
+    answer_tokens: int,
     log: bool = False,
     caption: str,
     description: str,
 ) -> Figure:
     """Draw exact match, token accuracy and nats of one measure over x, side by side.
 
-    `chance` is the exact match of guessing: a dotted line.
+    A dotted line is a guess: each of the answer's tokens one of so many choices.
     """
+    guess = {
+        "exact_match": float(choices) ** -answer_tokens,
+        "token_accuracy": 1 / choices,
+        "answer_nats": answer_tokens * np.log(choices),
+    }
     drawing, panels = draw_panels(len(METRICS))
     for axes, (metric, title) in zip(panels, METRICS.items(), strict=True):
         plot_curves(axes, curves(rows, x, f"{measure}/{metric}", by), markers=log)
+        axes.axhline(guess[metric], color="#555555", linestyle=":", linewidth=1, label="chance")
         axes.set_ylabel(title)
         axes.set_xlabel(label)
         if log:
             axes.set_xscale("log")
         if metric != "answer_nats":
             axes.set_ylim(-0.03, 1.03)
-    panels[0].axhline(chance, color="#555555", linestyle=":", linewidth=1, label="chance")
     handles, labels = panels[0].get_legend_handles_labels()
     drawing.legend(
         handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=10
     )
+    return as_figure(name, drawing, description, caption)
+
+
+def bars_figure(
+    name: str,
+    groups: Mapping[str, np.ndarray],
+    *,
+    x_label: str,
+    y_label: str,
+    caption: str,
+    description: str,
+) -> Figure:
+    """Draw bars side by side at 1, 2, 3, …, one of each group."""
+    drawing, axes = draw()
+    width = 0.8 / len(groups)
+    for i, (group, heights) in enumerate(groups.items()):
+        places = 1 + np.arange(len(heights)) + (i - (len(groups) - 1) / 2) * width
+        axes.bar(places, heights, width=width, color=COLOURS[i % len(COLOURS)], label=group)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.yaxis.grid(True, color="#dddddd", linewidth=0.6)
+    drawing.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=10)
     return as_figure(name, drawing, description, caption)
 
 

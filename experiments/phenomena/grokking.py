@@ -20,7 +20,7 @@ from experiments.phenomena.common import (
     train_group,
     transformer,
 )
-from experiments.phenomena.figures import curves, lines_figure, metrics_figure
+from experiments.phenomena.figures import bars_figure, curves, lines_figure, metrics_figure
 from llm.data.synthetic.batches import Sequences, Task, TaskBatches
 from llm.data.synthetic.modular import modular_addition
 from llm.evaluation.report import Section, Table
@@ -70,6 +70,19 @@ def whole(rows: Sequences) -> Task:
     return lambda generator, count: rows
 
 
+def seen_in_words(table: Sequence[tuple]) -> str:
+    """Return what rows of decay, seed, steps of knowing and understanding, … show."""
+    parts = []
+    for decay in dict.fromkeys(row[0] for row in table):
+        knows, understands = ([row[i] for row in table if row[0] == decay] for i in (2, 3))
+        known, understood = ([step for step in steps if step] for steps in (knows, understands))
+        what = f"are right on training pairs by step {max(known)}" if known else "know no pairs"
+        then = f"from step {min(understood)} on" if understood else "never"
+        count = f"{len(understood)} of {len(understands)} seeds"
+        parts.append(f"With decay {decay:g} runs {what}, on held-out ones {then} ({count}).")
+    return " ".join(parts)
+
+
 def describe_grokking(config: GrokkingConfig, rows: Sequence[Row]) -> Findings:
     """Return when each run knew its pairs and when it understood, and the embedding's spectrum."""
     table, summary = [], {}
@@ -97,9 +110,8 @@ def describe_grokking(config: GrokkingConfig, rows: Sequence[Row]) -> Findings:
         lambda row: f"{row['split']}, decay {row['weight_decay']:g}",
     )
     spectra = {
-        f"decay {decay:g}, seed {seed}": (
-            np.arange(1, config.modulus // 2 + 1, dtype=float),
-            np.array([[run[-1][f"spectrum/power_{k}"]] for k in range(config.modulus // 2)]),
+        f"decay {decay:g}, seed {seed}": np.array(
+            [run[-1][f"spectrum/power_{k}"] for k in range(config.modulus // 2)]
         )
         for (decay, seed), run in sorted(runs_of(rows, "weight_decay").items(), reverse=True)
         if seed == config.seeds[0]
@@ -111,7 +123,7 @@ def describe_grokking(config: GrokkingConfig, rows: Sequence[Row]) -> Findings:
             x_label="training step",
             y_label="share right",
             log_x=True,
-            caption="Training and held-out pairs; bands are the range over seeds.",
+            caption=f"{seen_in_words(table)} Bands are the range over seeds.",
             description=f"Share right of training and held-out pairs, modulus {config.modulus}.",
         ),
         metrics_figure(
@@ -121,11 +133,12 @@ def describe_grokking(config: GrokkingConfig, rows: Sequence[Row]) -> Findings:
             x="step",
             label="training step",
             by=lambda row: f"decay {row['weight_decay']:g}",
-            chance=1 / config.modulus,
-            caption="Held-out pairs by three metrics.",
+            choices=config.modulus,
+            answer_tokens=1,
+            caption="Held-out pairs by three metrics; bands are the range over seeds.",
             description="Exact match, token accuracy and nats of held-out pairs over training.",
         ),
-        lines_figure(
+        bars_figure(
             "grokking-spectrum",
             spectra,
             x_label="frequency",

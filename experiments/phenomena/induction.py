@@ -13,6 +13,7 @@ from experiments.phenomena.common import (
     Measure,
     Row,
     answers_of,
+    first_step,
     read_rows,
     runs_of,
     seed_members,
@@ -81,16 +82,20 @@ def heads_of(model: Transformer, segment_tokens: int) -> Measure:
 def describe_induction(config: InductionConfig, rows: Sequence[Row]) -> Findings:
     """Return the best head's prefix matching and the loss on repetitions, by number of layers."""
     table, summary = [], {}
+    tokens = config.length_tokens // 2 - 1
+    half = -tokens * np.log(config.vocab_size) / 2
     for (name, seed), run in sorted(runs_of(rows, "model").items()):
         last = max(run, key=lambda row: row["step"])
         score = last["heads/best_prefix_matching"]
-        tokens = config.length_tokens // 2 - 1
-        table.append(
-            (name, seed, score, last["repeat/token_accuracy"], last["repeat/answer_nats"] / tokens)
-        )
+        accuracy, nats = last["repeat/token_accuracy"], last["repeat/answer_nats"] / tokens
+        attends = first_step(run, "heads/best_prefix_matching", 0.5)
+        falls = first_step([r | {"-nats": -r["repeat/answer_nats"]} for r in run], "-nats", half)
+        table.append((name, seed, score, accuracy, nats, attends, falls))
         summary[f"{name}/seed_{seed}"] = {
             "best_prefix_matching": score,
-            "token_accuracy": last["repeat/token_accuracy"],
+            "token_accuracy": accuracy,
+            "prefix_matching_half_at_step": attends,
+            "nats_half_at_step": falls,
         }
     by = lambda row: row["model"]  # noqa: E731
     figures = (
@@ -109,7 +114,8 @@ def describe_induction(config: InductionConfig, rows: Sequence[Row]) -> Findings
             x="step",
             label="training step",
             by=by,
-            chance=0.0,
+            choices=config.vocab_size,
+            answer_tokens=tokens,
             caption="The second occurrence of a random segment by three metrics.",
             description="Exact match, token accuracy and nats of a repetition over training.",
         ),
@@ -120,7 +126,10 @@ def describe_induction(config: InductionConfig, rows: Sequence[Row]) -> Findings
         "the first occurrence; it needs a layer below that tells each token what came before it, "
         "so one layer cannot have it."
     )
-    columns = ("Model", "Seed", "Prefix matching", "Token accuracy", "Nats a token")
+    columns = (
+        "Model", "Seed", "Prefix matching", "Token accuracy", "Nats a token",
+        "Prefix matching above 0.5 at step", "Nats below half of chance at step",
+    )  # fmt: skip
     changes = changes_table(rows, x="step", measure="repeat", by=by)
     section = Section("Induction heads", text, (Table(columns, tuple(table)), changes), figures)
     return Findings(section, summary)

@@ -126,7 +126,10 @@ def to_markdown(report: Report) -> str:
 
 
 def _md_code(text: str) -> str:
-    return f"`{_printable(text).replace('`', chr(39))}`"
+    """Return text as code; its marks are longer than any run of backticks that it holds."""
+    text = re.sub(r"\s+", " ", _printable(text)).strip()
+    marks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{marks} {text} {marks}" if "`" in text else f"`{text}`"
 
 
 def _markdown_table(table: Table) -> str:

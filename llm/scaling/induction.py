@@ -1,4 +1,4 @@
-"""What tells an induction head: its attention, and how much context helps. Third floor.
+"""What tells an induction head: its attention. Third floor.
 
 Source: Olsson et al. 2022, "In-context Learning and Induction Heads", transformer-circuits.pub.
 """

@@ -122,6 +122,18 @@ def test_markdown_holds_every_text_as_it_was():
     assert [token.content for token in tokens if token.type == "fence"] == [NASTY + "\n"]
 
 
+@pytest.mark.parametrize("command", ["python -m experiments.fit --csv='a b.csv'", NASTY])
+def test_the_command_stands_under_each_figure(command):
+    figures = (Figure("f-1", SVG, "one", "Seen."), Figure("f-2", SVG, "two"))
+    report = Report("title", {}, (Section("section", figures=figures),), command)
+    page = _Page(to_html(report))
+    assert page.texts["code"] == [command, command]
+    assert page.texts["figcaption"] == ["Seen." + command, command]
+    tokens = MarkdownIt("commonmark").parse(to_markdown(report))
+    codes = [c for t in tokens for c in t.children or () if c.type == "code_inline"]
+    assert [code.content for code in codes] == [command, command]
+
+
 @given(text=st.text(st.characters(exclude_categories=())))
 def test_odd_text_neither_breaks_the_page_nor_a_fence(text):
     report = _report(text)
