@@ -70,12 +70,19 @@ def addition() -> AdditionConfig:
         digits=(2, 3),
         num_examples=(500, 1000, 2000),
         num_held_out=500,
-        total_steps=1000,
+        total_steps=1500,
         num_evaluations=20,
-        models={f"w{width}": small(width, num_layers=2, vocab=12) for width in (32, 64)},
+        models={f"w{width}": adder(width, num_layers=2) for width in (32, 64)},
         optimizer=OptimizerConfig(learning_rate=3e-3, beta2=0.98),
         schedule=ScheduleConfig(name="linear", warmup_steps=50, final_fraction=0.0),
     )
+
+
+def adder(width: int, *, num_layers: int, head_dim: int = 16) -> TransformerConfig:
+    """Return a model with learned positions, as Lee et al.'s: relative ones favour the plain order,
+    whose sum's digits all stand as far behind those that they are made of."""
+    model = small(width, num_layers=num_layers, vocab=12, head_dim=head_dim)
+    return dataclasses.replace(model, positions="learned")
 
 
 def induction(

@@ -8,7 +8,7 @@ With an argument, as in configs/emergence_gpu.py:addition, that one alone. Not r
 import dataclasses
 
 from configs.dataclass_config import to_config_dict
-from configs.emergence import addition, chosen, few_shot, grokking, induction, parity, small
+from configs.emergence import adder, addition, chosen, few_shot, grokking, induction, parity, small
 from configs.schema import EmergenceConfig
 from llm.training.config import OptimizerConfig, ScheduleConfig
 
@@ -26,7 +26,7 @@ def get_config(arg=None):
             batch_sequences=256,
             total_steps=5000,
             models={
-                f"{layers}x{width}": small(width, num_layers=layers, vocab=12, head_dim=64)
+                f"{layers}x{width}": adder(width, num_layers=layers, head_dim=64)
                 for width, layers in ((128, 4), (256, 6), (384, 6), (768, 12))
             },
             optimizer=OptimizerConfig(learning_rate=1e-3, beta2=0.99),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from llm.models.transformer import Transformer, init_params, logical_axes
 from llm.scaling.accounting import num_active_params, num_layer_params, num_params
 from llm.scaling.hardware import peak_flops
 from llm.scaling.ladder import Group, make_groups
+from llm.scaling.memory import count_training_memory
 from llm.training.loss import make_causal_lm_loss
 from llm.training.members import Member, init_members, make_members_step, members_mesh
 from llm.training.metrics import read_metrics
@@ -88,24 +90,44 @@ def train_group(config: ScalingConfig, group: Group, workdir: epath.Path) -> Non
         pretrain_members(recipe, group.members, workdir / group.name)
 
 
-def predict_seconds(config: ScalingConfig, groups: Sequence[Group]) -> dict[str, float]:
-    """Return each group's predicted seconds of training.
+class Prediction(NamedTuple):
+    """What a group will take: seconds of training, and bytes on all devices together."""
 
-    Small ones by trying three steps of each shape; single runs on accelerators, which may fill a
-    slice, by a FLOP rate of 40% of the peak.
+    seconds: float
+    num_bytes: int
+
+
+def predict(config: ScalingConfig, groups: Sequence[Group]) -> dict[str, Prediction]:
+    """Return what each group is predicted to take.
+
+    Time by trying three steps of each shape; of single runs on accelerators, which may fill a
+    slice, by a FLOP rate of 40% of the peak. Memory by counting, nothing sharded or shared.
     """
     peak = peak_flops(jax.devices())
-    tried: dict[tuple, float] = {}
-    seconds = {}
+    tried: dict[tuple, tuple[float, int]] = {}
+    found = {}
     for group in groups:
-        if peak and len(group.members) == 1:
-            seconds[group.name] = group.flops / peak / _ASSUMED_MFU
-            continue
+        by_rate = peak is not None and len(group.members) == 1
         shape = (group.model, group.optimizer.name, len(group.members))
         if shape not in tried:
-            tried[shape] = _seconds_per_step(config, group)
-        seconds[group.name] = group.num_steps * tried[shape]
-    return seconds
+            seconds = 0.0 if by_rate else _seconds_per_step(config, group)
+            tried[shape] = seconds, _num_bytes(config, group)
+        per_step, num_bytes = tried[shape]
+        by_peak = group.flops / peak / _ASSUMED_MFU if by_rate else 0.0
+        found[group.name] = Prediction(by_peak or group.num_steps * per_step, num_bytes)
+    return found
+
+
+def _num_bytes(config: ScalingConfig, group: Group) -> int:
+    memory = count_training_memory(
+        group.model,
+        config.compute,
+        group.optimizer,
+        batch_sequences=config.data.batch_sequences // config.accumulate_steps,
+        length_tokens=config.data.length_tokens,
+        loss_tile_tokens=config.loss_tile_tokens,
+    )
+    return memory.total * len(group.members)
 
 
 def _seconds_per_step(config: ScalingConfig, group: Group) -> float:

@@ -2,7 +2,7 @@
 
     python -m experiments.scaling --config=configs/scaling.py --workdir=runs/scaling [--dry_run]
 
-The runs are listed with their FLOPs and predicted time before the first one starts; called again
+The runs are listed with their FLOPs and predicted cost before the first one starts; called again
 it goes on where it stopped. Every evaluation of every run is a row of evaluations.csv and .parquet,
 the last of each of runs.csv, which `experiments.fit` takes.
 """
@@ -16,10 +16,11 @@ from etils import epath
 from configs.schema import ScalingConfig
 from experiments import entry
 from experiments.ladder import (
+    Prediction,
     evaluation_rows,
     final_rows,
     groups_of,
-    predict_seconds,
+    predict,
     train_group,
     write_table,
 )
@@ -48,13 +49,13 @@ def main(config: ScalingConfig) -> None:
     tokenizer = make_tokenizer(config.data)
     prepared = prepare(config.data, tokenizer)
     groups = groups_of(config, tokenizer.vocab_size)
-    seconds = predicted(config, groups, workdir)
-    print(listing(groups, seconds))
+    costs = predicted(config, groups, workdir)
+    print(listing(groups, costs))
     if _DRY_RUN.value:
         return
 
     for i, group in enumerate(groups):
-        left = sum(seconds[later.name] for later in groups[i:])
+        left = sum(costs[later.name].seconds for later in groups[i:])
         print(f"group {i + 1} of {len(groups)}, about {format_duration(left)} left in all")
         stages.run(group.name, lambda group=group: train_group(config, group, workdir))
 
@@ -65,31 +66,42 @@ def main(config: ScalingConfig) -> None:
     print(f"report: {workdir / 'report.html'} (and report.md, evaluations.csv, runs.csv)")
 
 
-def predicted(config: ScalingConfig, groups: list[Group], workdir: epath.Path) -> dict[str, float]:
-    """Return each group's predicted seconds, tried out once and kept in the workdir."""
-    file = workdir / "predicted_seconds.json"
+def predicted(
+    config: ScalingConfig, groups: list[Group], workdir: epath.Path
+) -> dict[str, Prediction]:
+    """Return what each group will take, tried out once and kept in the workdir."""
+    file = workdir / "predicted.json"
     if file.exists():
-        found = json.loads(file.read_text())
+        found = {name: Prediction(*each) for name, each in json.loads(file.read_text()).items()}
         if set(found) == {group.name for group in groups}:
             return found
     print("trying out a step of each shape …")
-    found = predict_seconds(config, groups)
+    found = predict(config, groups)
     write_atomically(file, json.dumps(found, indent=1))
     return found
 
 
-def listing(groups: list[Group], seconds: dict[str, float]) -> str:
-    """Return the groups as lines of text: members, parameters, tokens, FLOPs, predicted time."""
-    head = f"{'group':44} {'runs':>4} {'width':>6} {'tokens a run':>13} {'FLOPs':>9} {'time':>9}"
-    lines = [head]
+def listing(groups: list[Group], costs: dict[str, Prediction]) -> str:
+    """Return the groups as lines of text: their runs, and what they will take."""
+    columns = "{:44} {:>4} {:>6} {:>13} {:>9} {:>8} {:>10}"
+    head = ("group", "runs", "width", "tokens a run", "FLOPs", "memory", "time")
+    lines = [columns.format(*head)]
     for group in groups:
-        lines.append(
-            f"{group.name:44} {len(group.members):4} {group.model.width:6} {group.num_tokens:13,} "
-            f"{group.flops:9.2e} {format_duration(seconds[group.name]):>9}"
+        seconds, num_bytes = costs[group.name]
+        cells = (
+            group.name,
+            len(group.members),
+            group.model.width,
+            f"{group.num_tokens:,}",
+            f"{group.flops:.2e}",
+            f"{num_bytes / 1e9:.2f} GB",
+            format_duration(seconds),
         )
+        lines.append(columns.format(*cells))
     runs, flops = sum(len(group.members) for group in groups), sum(g.flops for g in groups)
-    total = format_duration(sum(seconds.values()))
-    lines.append(f"{'all':44} {runs:4} {'':6} {'':13} {flops:9.2e} {total:>9}")
+    total = format_duration(sum(cost.seconds for cost in costs.values()))
+    most = max(cost.num_bytes for cost in costs.values())
+    lines.append(columns.format("all", runs, "", "", f"{flops:.2e}", f"{most / 1e9:.2f} GB", total))
     return "\n".join(lines)
 
 

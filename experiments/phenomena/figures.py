@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, NullLocator
 
 from llm.evaluation.figures import (
     BLACK,
@@ -27,6 +28,8 @@ METRICS = {
     "token_accuracy": "token accuracy",
     "answer_nats": "nats an answer",
 }
+
+_FEW_PLACES = 7  # whose labels do not run into each other
 
 Rows = Sequence[Mapping[str, Any]]
 Key = Callable[[Mapping[str, Any]], Hashable]
@@ -94,7 +97,7 @@ def metrics_figure(
         axes.set_ylabel(title)
         axes.set_xlabel(label)
         if log:
-            axes.set_xscale("log")
+            _mark_places(axes, sorted({row[x] for row in rows}))
         if metric != "answer_nats":
             axes.set_ylim(-0.03, 1.03)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -102,6 +105,16 @@ def metrics_figure(
         handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=10
     )
     return as_figure(name, drawing, description, caption)
+
+
+def _mark_places(axes: Axes, places: Sequence[float]) -> None:
+    """Make the axis logarithmic, with a tick at each place where there are few."""
+    axes.set_xscale("log")
+    if len(places) <= _FEW_PLACES:
+        axes.set_xticks(places)
+        axes.xaxis.set_major_formatter(EngFormatter(sep="", places=0))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.tick_params(axis="x", labelsize=8)
 
 
 def bars_figure(
