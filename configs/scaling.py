@@ -17,28 +17,33 @@ _MUON = OptimizerConfig(name="muon", learning_rate=0.02, adam_learning_rate=6e-3
 
 
 def get_config(arg=None):
-    rates = tuple(2.0**-k for k in range(4, 11))
-    adamw = OptimizerConfig(learning_rate=2.0**-7, beta2=0.95)
-    muon = dataclasses.replace(_MUON, learning_rate=2.0**-6, adam_learning_rate=2.0**-8)
-    widths = dict(depths=(2, 4, 8), num_layers=2, tokens=(150_000,), learning_rates=rates, **_SMALL)
+    adamw_rates = tuple(2.0**-k for k in range(2, 8))
+    muon_rates = tuple(2.0**-k for k in range(1, 7))
+    adamw = OptimizerConfig(learning_rate=2.0**-5, beta2=0.95)
+    muon = dataclasses.replace(_MUON, learning_rate=2.0**-5, adam_learning_rate=2.0**-7)
+    widths = dict(depths=(2, 4, 8), num_layers=2, tokens=(100_000,), **_SMALL)
     ladders = {
         "isoflop": LadderConfig(
             depths=(1, 2, 3, 4, 5, 6, 7),
-            flops=(1.5e11, 4e11, 1e12, 2.5e12, 5e12),
-            tokens_per_param_between=(0.33, 150.0),
+            flops=(1.5e11, 3.5e11, 8e11, 1.8e12, 4e12),
+            tokens_per_param_between=(0.33, 160.0),
             learning_rates=(0.02,),
             optimizer=_MUON,
             **_SMALL,
         ),
-        "adamw-standard": LadderConfig(optimizer=adamw, **widths),
-        "adamw-mup": LadderConfig(optimizer=adamw, mup_base_depth=2, **widths),
-        "muon-standard": LadderConfig(optimizer=muon, **widths),
-        "muon-mup": LadderConfig(optimizer=muon, mup_base_depth=2, **widths),
+        "adamw-standard": LadderConfig(optimizer=adamw, learning_rates=adamw_rates, **widths),
+        "adamw-mup": LadderConfig(
+            optimizer=adamw, learning_rates=adamw_rates, mup_base_depth=2, **widths
+        ),
+        "muon-standard": LadderConfig(optimizer=muon, learning_rates=muon_rates, **widths),
+        "muon-mup": LadderConfig(
+            optimizer=muon, learning_rates=muon_rates, mup_base_depth=2, **widths
+        ),
         "repeated": LadderConfig(
             depths=(2, 3),
-            tokens=(2_000_000,),
+            tokens=(1_000_000,),
             learning_rates=(0.02,),
-            unique_tokens=(None, 500_000, 125_000, 31_250),
+            unique_tokens=(None, 250_000, 125_000, 62_500),
             optimizer=_MUON,
             **_SMALL,
         ),

@@ -8,7 +8,6 @@ section of the config each. Called again it goes on where it stopped. Every eval
 is a row of {phenomenon}.csv and .parquet.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -26,13 +25,12 @@ from experiments.phenomena.grokking import describe_grokking, train_grokking
 from experiments.phenomena.induction import describe_induction, train_induction
 from experiments.phenomena.parity import describe_parity, train_parity
 from experiments.run_flags import WORKDIR
-from experiments.stages import Stages
+from experiments.stages import open_job
 from llm.evaluation.facts import hardware_facts, version_facts
 from llm.evaluation.report import Report, Section, write_report
 from llm.evaluation.tables import facts_table, format_duration, wall_time_table
 from llm.parallel.mesh import start_distributed
 from llm.training.files import write_atomically
-from llm.training.run_config import check_config, record_config
 
 
 def studies(config: EmergenceConfig) -> dict[str, tuple[Any, Callable[..., list[Row]], Callable]]:
@@ -49,11 +47,8 @@ def studies(config: EmergenceConfig) -> dict[str, tuple[Any, Callable[..., list[
 
 def main(config: EmergenceConfig) -> None:
     start_distributed()
-    workdir, fields = epath.Path(WORKDIR.value), dataclasses.asdict(config)
-    changes = check_config(workdir, fields, allow_change=config.run.allow_config_change)
-    workdir.mkdir(parents=True, exist_ok=True)
-    record_config(workdir, fields, changes)
-    stages = Stages(workdir)
+    workdir = epath.Path(WORKDIR.value)
+    stages = open_job(workdir, config, allow_change=config.run.allow_config_change)
 
     findings: dict[str, Findings] = {}
     for name, (section, train, describe) in studies(config).items():

@@ -7,7 +7,6 @@ it goes on where it stopped. Every evaluation of every run is a row of evaluatio
 the last of each of runs.csv, which `experiments.fit` takes.
 """
 
-import dataclasses
 import json
 
 from absl import flags
@@ -26,25 +25,21 @@ from experiments.ladder import (
 )
 from experiments.run_flags import WORKDIR
 from experiments.scaling_report import write_scaling_report
-from experiments.stages import Stages
+from experiments.stages import open_job
 from llm.data.prepare import prepare
 from llm.data.tokenizer_training import make_tokenizer
 from llm.evaluation.tables import format_duration
 from llm.parallel.mesh import start_distributed
 from llm.scaling.ladder import Group
 from llm.training.files import write_atomically
-from llm.training.run_config import check_config, record_config
 
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "List the runs and stop.")
 
 
 def main(config: ScalingConfig) -> None:
     start_distributed()
-    workdir, fields = epath.Path(WORKDIR.value), dataclasses.asdict(config)
-    changes = check_config(workdir, fields, allow_change=config.run.allow_config_change)
-    workdir.mkdir(parents=True, exist_ok=True)
-    record_config(workdir, fields, changes)
-    stages = Stages(workdir)
+    workdir = epath.Path(WORKDIR.value)
+    stages = open_job(workdir, config, allow_change=config.run.allow_config_change)
 
     tokenizer = make_tokenizer(config.data)
     prepared = prepare(config.data, tokenizer)

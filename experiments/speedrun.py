@@ -8,7 +8,6 @@ report.md, report.html, summary.json. Started again it goes on where it stopped.
 longer recipe is the default.
 """
 
-import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from experiments.pretrain import pretrain
 from experiments.run_flags import PROFILE, WORKDIR
 from experiments.speedrun_alignment import align
 from experiments.speedrun_report import write_speedrun_report
-from experiments.stages import Stages
+from experiments.stages import open_job
 from llm.data.packing import load_pack_plan
 from llm.data.prepare import Prepared, prepare
 from llm.data.tokenizer_training import bytes_per_token, make_tokenizer
@@ -39,19 +38,13 @@ from llm.generation.config import SamplingConfig
 from llm.generation.generator import Generator
 from llm.models.transformer import Transformer
 from llm.parallel.mesh import make_mesh, start_distributed
-from llm.training.run_config import check_config, record_config
 
 
 def main(config: SpeedrunConfig) -> None:
     start_distributed()  # once, for all stages
     workdir = epath.Path(WORKDIR.value)
-    fields = dataclasses.asdict(config)
-    record_changes = check_config(
-        workdir, fields, allow_change=config.pretrain.run.allow_config_change
-    )
-    workdir.mkdir(parents=True, exist_ok=True)
-    record_config(workdir, fields, record_changes)
-    stages, recipe = Stages(workdir), entry.profiled(config.pretrain, PROFILE.value)
+    stages = open_job(workdir, config, allow_change=config.pretrain.run.allow_config_change)
+    recipe = entry.profiled(config.pretrain, PROFILE.value)
 
     tokenizer_facts = stages.run("tokenizer", lambda: train_tokenizer(recipe))
     tokenizer = make_tokenizer(recipe.data)

@@ -1,6 +1,7 @@
 """A job of several stages in one directory: each runs once, is timed, and is found done later."""
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -10,8 +11,22 @@ from etils import epath
 
 from experiments.entry import plain
 from llm.training.files import write_atomically
+from llm.training.run_config import check_config, record_config
 
 _FILE = "stages.json"
+
+
+def open_job(workdir: epath.PathLike, config: Any, *, allow_change: bool) -> "Stages":
+    """Return the stages of a job in its directory, whose config is checked or recorded.
+
+    Raises:
+      ConfigChangedError: the directory holds a job of another config, and no change is allowed.
+    """
+    workdir, fields = epath.Path(workdir), dataclasses.asdict(config)
+    changes = check_config(workdir, fields, allow_change=allow_change)
+    workdir.mkdir(parents=True, exist_ok=True)
+    record_config(workdir, fields, changes)
+    return Stages(workdir)
 
 
 class Stages:

@@ -76,7 +76,9 @@ class TrainStep:
     def __call__(
         self, state: TrainState, batch: dict[str, Any]
     ) -> tuple[TrainState, dict[str, Array]]:
-        return self.jitted(state, place_batch(batch, self.mesh))
+        if self.mesh.size > 1:  # one device takes NumPy arrays sooner than it could be told to
+            batch = place_batch(batch, self.mesh)
+        return self.jitted(state, batch)
 
     def lower(
         self, state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]
@@ -185,10 +187,11 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
                 f"a batch of {size} does not divide over the mesh's {parts} devices along it; "
                 "choose another batch or mesh"
             )
+    shardings = {name: batch_sharding(mesh, np.ndim(x)) for name, x in batch.items()}
+    if jax.process_count() == 1:
+        return jax.device_put(batch, shardings)  # all at once: a small step waits for little else
     return {
-        name: jax.make_array_from_process_local_data(
-            batch_sharding(mesh, np.ndim(x)), np.asarray(x)
-        )
+        name: jax.make_array_from_process_local_data(shardings[name], np.asarray(x))
         for name, x in batch.items()
     }
 
