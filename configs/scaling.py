@@ -18,9 +18,9 @@ _MUON = OptimizerConfig(name="muon", learning_rate=0.02, adam_learning_rate=6e-3
 
 def get_config(arg=None):
     adamw_rates = tuple(2.0**-k for k in range(2, 8))
-    muon_rates = tuple(2.0**-k for k in range(1, 7))
+    muon_rates = tuple(2.0**-k for k in range(6))
     adamw = OptimizerConfig(learning_rate=2.0**-5, beta2=0.95)
-    muon = dataclasses.replace(_MUON, learning_rate=2.0**-5, adam_learning_rate=2.0**-7)
+    muon = dataclasses.replace(_MUON, learning_rate=2.0**-4, adam_learning_rate=2.0**-6)
     widths = dict(depths=(2, 4, 8), num_layers=2, tokens=(100_000,), **_SMALL)
     ladders = {
         "isoflop": LadderConfig(

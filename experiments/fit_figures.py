@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
 from experiments.fit_summary import Analysis, number
 from llm.evaluation.figures import BLUE, GREEN, GREY, ORANGE, SKY, VERMILION, as_figure, draw
@@ -17,6 +17,7 @@ from llm.scaling.runs import FLOPS_PER_PARAM_TOKEN, NotIdentifiableError
 _COMPUTE = "training compute (FLOPs)"
 _LOSS = "loss (nats per token)"
 _LEVELS = 9  # lines of equal loss
+_NARROW = 100.0  # a logarithmic axis with less from end to end needs more labels than powers of ten
 _BUDGETS = 25  # at which a line of optima is worked out
 
 
@@ -309,6 +310,12 @@ def held_out_figure(analysis: Analysis, plotted: Plotted) -> Figure:
 def _finish(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    if axes.get_xscale() == "log":  # labels of the small ticks run into each other
+        low, high = axes.get_xlim()
+        if high / low < _NARROW:
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter(LogFormatterSciNotation())
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, color="#dddddd", linewidth=0.6)
     if axes.get_legend_handles_labels()[0]:
         axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=10)
