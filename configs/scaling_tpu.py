@@ -1,4 +1,4 @@
-"""Scaling curves of 50M to 3B parameters on a TPU slice of 64 chips (v5p-128).
+"""Scaling curves of 77M to 3.4B parameters on a TPU slice of 64 chips (v5p-128).
 
     python -m experiments.scaling --config=configs/scaling_tpu.py --workdir=gs://BUCKET/scaling
 
