@@ -1,4 +1,4 @@
-"""The five phenomena at the sizes of the papers, for one data-centre GPU: 0.2M to 100M parameters.
+"""The five phenomena nearer to the papers' sizes, for one data-centre GPU: up to 85M parameters.
 
 python -m experiments.emergence --config=configs/emergence_gpu.py --workdir=runs/emergence_gpu
 
@@ -15,7 +15,7 @@ from llm.training.config import OptimizerConfig, ScheduleConfig
 
 def get_config(arg=None):
     sections = {
-        # Nanda et al. 2023: 30% of the pairs modulo 113, a learning rate of 1e-3.
+        # Nanda et al. 2023: 30% of the pairs modulo 113; the optimizer is ours.
         "grokking": grokking(modulus=113, train_fraction=0.3, total_steps=30_000, seeds=range(8)),
         # Lee et al. 2023, figure 3: 10.6M parameters; 5,000 samples gave 81% plain, 99.8% reversed.
         "addition": dataclasses.replace(

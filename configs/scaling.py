@@ -1,4 +1,4 @@
-"""Scaling curves in 40 minutes on 2 CPU cores: five budgets, learning-rate transfer, repeated text.
+"""Scaling curves on 2 CPU cores: five budgets, learning-rate transfer, repeated text.
 
 python -m experiments.scaling --workdir=runs/scaling [--dry_run]
 """

@@ -1,4 +1,4 @@
-"""Scaling curves of 1M to 100M parameters on one data-centre GPU; web text, some 3e18 FLOPs.
+"""Scaling curves of 1.4M to 91M parameters on one data-centre GPU; web text, some 2e18 FLOPs.
 
     python -m experiments.scaling --config=configs/scaling_gpu.py --workdir=runs/scaling_gpu
 
@@ -30,7 +30,7 @@ def get_config(arg=None):
     ladders = {
         "isoflop": LadderConfig(
             depths=(2, 3, 4, 5, 6, 8, 10, 12),
-            flops=(1e16, 3e16, 1e17, 3e17),
+            flops=(3e15, 1e16, 3e16, 1e17, 3e17),
             tokens_per_param_between=(3.0, 300.0),
             learning_rates=(0.02,),
             optimizer=MUON,

@@ -1,7 +1,7 @@
 """Train small models in which a skill emerges, score it three ways, and write a report.
 
     python -m experiments.emergence --config=configs/emergence.py --workdir=runs/emergence
-    python -m experiments.emergence --config=configs/emergence_grokking.py --workdir=runs/grokking
+    python -m experiments.emergence --config=configs/emergence.py:grokking --workdir=runs/grokking
 
 Phenomena: grokking, addition, induction heads, multitask sparse parity, few-shot learning; a
 section of the config each. Called again it goes on where it stopped. Every evaluation of every run

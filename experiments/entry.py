@@ -214,8 +214,6 @@ def _use_compilation_cache() -> None:
     import jax  # only now: a misspelt flag has been told before JAX loads
 
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
-    # JAX keeps what took a second; runs of a ladder share many programs that take less.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 # ------------------------------------------------------------------------------ errors

@@ -110,11 +110,11 @@ def predict(config: ScalingConfig, groups: Sequence[Group]) -> dict[str, Predict
         by_rate = peak is not None and len(group.members) == 1
         shape = (group.model, group.optimizer.name, len(group.members))
         if shape not in tried:
-            seconds = 0.0 if by_rate else _seconds_per_step(config, group)
-            tried[shape] = seconds, _num_bytes(config, group)
+            tried_seconds = 0.0 if by_rate else _seconds_per_step(config, group)
+            tried[shape] = tried_seconds, _num_bytes(config, group)
         per_step, num_bytes = tried[shape]
-        by_peak = group.flops / peak / _ASSUMED_MFU if by_rate else 0.0
-        found[group.name] = Prediction(by_peak or group.num_steps * per_step, num_bytes)
+        seconds = group.flops / peak / _ASSUMED_MFU if by_rate else group.num_steps * per_step
+        found[group.name] = Prediction(seconds, num_bytes)
     return found
 
 

@@ -76,7 +76,7 @@ class TrainStep:
     def __call__(
         self, state: TrainState, batch: dict[str, Any]
     ) -> tuple[TrainState, dict[str, Array]]:
-        if self.mesh.size > 1:  # one device takes NumPy arrays sooner than it could be told to
+        if self.mesh.size > 1:  # placing takes 2 ms or more: one device needs none
             batch = place_batch(batch, self.mesh)
         return self.jitted(state, batch)
 
@@ -189,7 +189,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
             )
     shardings = {name: batch_sharding(mesh, np.ndim(x)) for name, x in batch.items()}
     if jax.process_count() == 1:
-        return jax.device_put(batch, shardings)  # all at once: a small step waits for little else
+        return jax.device_put(batch, shardings)  # sooner than one by one
     return {
         name: jax.make_array_from_process_local_data(shardings[name], np.asarray(x))
         for name, x in batch.items()
