@@ -14,7 +14,11 @@ from llm.training.config import OptimizerConfig, ScheduleConfig
 
 
 def get_config(arg=None):
-    sections = {
+    return to_config_dict(EmergenceConfig(**chosen(sections(), arg)))
+
+
+def sections() -> dict:
+    return {
         # Nanda et al. 2023: 30% of the pairs modulo 113; the optimizer is ours.
         "grokking": grokking(modulus=113, train_fraction=0.3, total_steps=30_000, seeds=range(8)),
         # Lee et al. 2023, figure 3: 10.6M parameters; 5,000 samples gave 81% plain, 99.8% reversed.
@@ -59,4 +63,3 @@ def get_config(arg=None):
             optimizer=OptimizerConfig(learning_rate=1e-3, beta2=0.98),
         ),
     }
-    return to_config_dict(EmergenceConfig(**chosen(sections, arg)))

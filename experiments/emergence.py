@@ -9,7 +9,7 @@ is a row of {phenomenon}.csv and .parquet.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow.parquet
@@ -18,12 +18,12 @@ from etils import epath
 from configs.schema import EmergenceConfig
 from experiments import entry
 from experiments.ladder import write_table
-from experiments.phenomena.addition import describe_addition, train_addition
-from experiments.phenomena.common import Findings, Row
-from experiments.phenomena.few_shot import describe_few_shot, train_few_shot
-from experiments.phenomena.grokking import describe_grokking, train_grokking
-from experiments.phenomena.induction import describe_induction, train_induction
-from experiments.phenomena.parity import describe_parity, train_parity
+from experiments.phenomena.addition import addition_groups, describe_addition
+from experiments.phenomena.common import Findings, Row, StudyGroup, train_study
+from experiments.phenomena.few_shot import describe_few_shot, few_shot_groups
+from experiments.phenomena.grokking import describe_grokking, grokking_groups
+from experiments.phenomena.induction import describe_induction, induction_groups
+from experiments.phenomena.parity import describe_parity, parity_groups
 from experiments.run_flags import WORKDIR
 from experiments.stages import open_job
 from llm.evaluation.facts import hardware_facts, version_facts
@@ -33,14 +33,16 @@ from llm.parallel.mesh import start_distributed
 from llm.training.files import write_atomically
 
 
-def studies(config: EmergenceConfig) -> dict[str, tuple[Any, Callable[..., list[Row]], Callable]]:
-    """Return, by phenomenon, its section of the config, what trains, and what tells of the rows."""
+def studies(
+    config: EmergenceConfig,
+) -> dict[str, tuple[Any, Callable[..., Iterator[StudyGroup]], Callable[..., Findings]]]:
+    """Return, by phenomenon, its section of the config, its groups, and what tells of the rows."""
     every = {
-        "grokking": (config.grokking, train_grokking, describe_grokking),
-        "addition": (config.addition, train_addition, describe_addition),
-        "induction": (config.induction, train_induction, describe_induction),
-        "parity": (config.parity, train_parity, describe_parity),
-        "few_shot": (config.few_shot, train_few_shot, describe_few_shot),
+        "grokking": (config.grokking, grokking_groups, describe_grokking),
+        "addition": (config.addition, addition_groups, describe_addition),
+        "induction": (config.induction, induction_groups, describe_induction),
+        "parity": (config.parity, parity_groups, describe_parity),
+        "few_shot": (config.few_shot, few_shot_groups, describe_few_shot),
     }
     return {name: study for name, study in every.items() if study[0] is not None}
 
@@ -51,10 +53,11 @@ def main(config: EmergenceConfig) -> None:
     stages = open_job(workdir, config, allow_change=config.run.allow_config_change)
 
     findings: dict[str, Findings] = {}
-    for name, (section, train, describe) in studies(config).items():
+    for name, (section, groups_of, describe) in studies(config).items():
 
-        def study(name=name, train=train, section=section) -> None:
-            write_table(train(section, config, workdir / name), workdir / name)
+        def study(name=name, groups_of=groups_of, section=section) -> None:
+            groups = groups_of(section, config)
+            write_table(train_study(groups, section, config, workdir / name), workdir / name)
 
         stages.run(name, study)
         findings[name] = describe(section, read_table(workdir / name))

@@ -1,7 +1,6 @@
 """What a ladder's groups become: pretraining recipes, predicted seconds, rows of one table."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -14,18 +13,15 @@ import pyarrow.parquet
 from etils import epath
 
 from configs.schema import EvaluationConfig, PretrainConfig, ScalingConfig
-from experiments.members import pretrain_members
+from experiments.members import member_runs, pretrain_members
 from experiments.pretrain import pretrain
 from llm.data.prepare import Prepared
-from llm.models.transformer import Transformer, init_params, logical_axes
 from llm.scaling.accounting import num_active_params, num_layer_params, num_params
 from llm.scaling.hardware import peak_flops
 from llm.scaling.ladder import Group, make_groups
 from llm.scaling.memory import count_training_memory
-from llm.training.loss import make_causal_lm_loss
-from llm.training.members import Member, init_members, make_members_step, members_mesh
+from llm.training.members import Member, members_mesh
 from llm.training.metrics import read_metrics
-from llm.training.schedules import make_schedule
 
 _ASSUMED_MFU = 0.4  # of runs too large to try out before the plan is shown
 
@@ -133,19 +129,9 @@ def _num_bytes(config: ScalingConfig, group: Group) -> int:
 def _seconds_per_step(config: ScalingConfig, group: Group) -> float:
     """Return the best of two steps after a first one that compiles."""
     recipe = recipe_of(config, group, group.members[0])
-    model = Transformer(recipe.model, recipe.compute)
-    axes, mesh = logical_axes(model), members_mesh(len(group.members))
-    width = dict(width_ratio=recipe.model.width_ratio)
-    optimizer, members = recipe.optimizer, group.members
-    schedule = make_schedule(
-        recipe.schedule, total_steps=recipe.num_steps, tokens_per_step=recipe.tokens_per_step
-    )
-    loss_fn = make_causal_lm_loss(model, tile_tokens=recipe.loss_tile_tokens)
-    step = make_members_step(loss_fn, axes, optimizer, schedule, members, mesh, **width)
-    state = init_members(
-        functools.partial(init_params, model), axes, optimizer, members, mesh, **width
-    )
-    shape = (len(members), recipe.data.batch_sequences, recipe.data.length_tokens)
+    mesh, runs = members_mesh(len(group.members)), member_runs(recipe, group.members)
+    state, step = runs.init_state(mesh), runs.make_step(mesh)
+    shape = (len(group.members), recipe.data.batch_sequences, recipe.data.length_tokens)
     tokens = np.random.default_rng(0).integers(0, recipe.model.vocab_size, shape, np.int32)
     batch = {name: tokens for name in ("tokens", "targets")}
     batch |= {"segment_ids": np.ones_like(tokens), "positions": np.zeros_like(tokens)}

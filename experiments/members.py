@@ -21,13 +21,11 @@ from llm.data.tokenizers import Tokenizer
 from llm.evaluation.language_modeling import make_stacked_score_step, score_splits
 from llm.models.transformer import Transformer, init_params, logical_axes
 from llm.scaling.accounting import training_flops_per_token
-from llm.training.config import OptimizerConfig
 from llm.training.loss import make_causal_lm_loss
-from llm.training.members import Member, init_members, make_members_step, members_mesh
+from llm.training.members import Member, MemberRuns, members_mesh
 from llm.training.run import Run
-from llm.training.schedules import Schedule, make_schedule
+from llm.training.schedules import make_schedule
 from llm.training.state import TrainState, averaged_params
-from llm.training.step import LossFn
 
 
 def pretrain_members(
@@ -52,56 +50,46 @@ def pretrain_members(
     tokenizer.save(run.workdir / "tokenizer")
     train_members(
         run,
+        member_runs(config, members),
+        MemberBatches(config, members, prepared, tokenizer),
+        make_members_evaluation(config, model, len(members), prepared.validation),
+        evaluate_every_steps=config.evaluation.every_steps,
+    )
+
+
+def member_runs(config: PretrainConfig, members: Sequence[Member]) -> MemberRuns:
+    """Return the pretraining runs of the config that differ as the members do."""
+    model = Transformer(config.model, config.compute)
+    return MemberRuns(
         members,
-        init=functools.partial(init_params, model),
-        axes=logical_axes(model),
-        loss_fn=make_causal_lm_loss(
-            model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens
-        ),
-        optimizer=config.optimizer,
-        schedule=make_schedule(
+        functools.partial(init_params, model),
+        logical_axes(model),
+        make_causal_lm_loss(model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens),
+        config.optimizer,
+        make_schedule(
             config.schedule, total_steps=config.num_steps, tokens_per_step=config.tokens_per_step
         ),
-        batches=MemberBatches(config, members, prepared, tokenizer),
-        evaluate=make_members_evaluation(config, model, len(members), prepared.validation),
-        evaluate_every_steps=config.evaluation.every_steps,
-        width_ratio=config.model.width_ratio,
-        accumulate_steps=config.accumulate_steps,
+        config.model.width_ratio,
+        config.accumulate_steps,
     )
 
 
 def train_members(
     run: Run,
-    members: Sequence[Member],
-    *,
-    init: Callable[[jax.Array], dict],
-    axes: dict,
-    loss_fn: LossFn,
-    optimizer: OptimizerConfig,
-    schedule: Schedule,
+    runs: MemberRuns,
     batches: Any,
     evaluate: Callable[[Run, TrainState], None],
+    *,
     evaluate_every_steps: int,
-    width_ratio: float | None = None,
-    accumulate_steps: int = 1,
 ) -> TrainState:
     """Train members of any model to the end of the run; return their stacked state.
 
     A member whose gradient is not finite is left where it was, and the run gives up when all are.
     """
-    mesh = members_mesh(len(members))
-    train_step = make_members_step(
-        loss_fn,
-        axes,
-        optimizer,
-        schedule,
-        members,
-        mesh,
-        width_ratio=width_ratio,
-        accumulate_steps=accumulate_steps,
-    )
+    mesh = members_mesh(len(runs.members))
+    train_step = runs.make_step(mesh)
     with run:
-        state = init_members(init, axes, optimizer, members, mesh, width_ratio=width_ratio)
+        state = runs.init_state(mesh)
 
         # Restore
         state, batches = run.restore(state, batches)

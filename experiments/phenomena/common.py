@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from llm.models.transformer import Transformer, init_params, logical_axes
 from llm.scaling.accounting import num_params
 from llm.scaling.emergence_config import StudyConfig
 from llm.training.loss import make_causal_lm_loss
-from llm.training.members import Member
+from llm.training.members import Member, MemberRuns
 from llm.training.metrics import read_metrics
 from llm.training.run import Run
 from llm.training.schedules import make_schedule
@@ -50,6 +50,40 @@ class Trainable:
     num_params: int
 
 
+@dataclasses.dataclass(frozen=True)
+class StudyGroup:
+    """Runs of one shape that train together, and what is measured of them.
+
+    `measures` are a function of one member's parameters and of a batch, whose arrays have the
+    members' own on axis 0 ([R …]), or one for all ([1 …]). `facts` are columns of all rows, `told`
+    those of each member.
+    """
+
+    name: str
+    trainable: Trainable
+    members: Sequence[Member]
+    batches: Any
+    measures: Mapping[str, tuple[Measure, Batch]]
+    tokens_per_step: int
+    facts: Mapping[str, Any]
+    told: Sequence[Mapping[str, Any]] | None = None
+
+    def runs(self, study: StudyConfig) -> MemberRuns:
+        """Return them as training takes them."""
+        return MemberRuns(
+            self.members,
+            self.trainable.init,
+            self.trainable.axes,
+            self.trainable.loss_fn,
+            study.optimizer,
+            make_schedule(
+                study.schedule,
+                total_steps=study.total_steps,
+                tokens_per_step=self.tokens_per_step,
+            ),
+        )
+
+
 def seed_members(study: StudyConfig) -> list[Member]:
     """Return a member for each seed, at the optimizer's own rate and decay."""
     rate, decay = study.optimizer.learning_rate, study.optimizer.weight_decay
@@ -69,50 +103,39 @@ def transformer(
     )
 
 
-def train_group(
-    workdir: epath.Path,
-    common: EmergenceConfig,
-    study: StudyConfig,
-    trainable: Trainable,
-    members: Sequence[Member],
-    batches: Any,
-    measures: Mapping[str, tuple[Measure, Batch]],
-    *,
-    tokens_per_step: int,
-    facts: Mapping[str, Any],
-) -> TrainState:
-    """Train members of one shape to the end, or go on; `facts` tell their config from others'.
+def train_study(
+    groups: Iterable[StudyGroup], study: StudyConfig, common: EmergenceConfig, workdir: epath.Path
+) -> list[Row]:
+    """Train all groups of a phenomenon to the end, or go on; return their evaluations."""
+    rows = []
+    for group in groups:
+        _train_group(group, study, common, workdir / group.name)
+        rows += read_rows(workdir / group.name, group)
+    return rows
 
-    `measures` are what is evaluated: a function of one member's parameters and of a batch, whose
-    arrays have the members' own on axis 0 ([R …]), or one for all ([1 …]).
-    """
+
+def _train_group(
+    group: StudyGroup, study: StudyConfig, common: EmergenceConfig, workdir: epath.Path
+) -> None:
     fields = {
         "study": dataclasses.asdict(study),
-        "facts": dict(facts),
+        "facts": dict(group.facts),
         "compute": dataclasses.asdict(common.compute),
-        "members": [dataclasses.asdict(member) for member in members],
+        "members": [dataclasses.asdict(member) for member in group.members],
     }
-    every_steps = -(-study.total_steps // study.num_evaluations)
     run = Run(
         workdir,
         fields,
         dataclasses.replace(common.run, save_every_steps=0, save_every_seconds=30.0),
         total_steps=study.total_steps,
-        tokens_per_step=tokens_per_step * len(members),
+        tokens_per_step=group.tokens_per_step * len(group.members),
     )
-    return train_members(
+    train_members(
         run,
-        members,
-        init=trainable.init,
-        axes=trainable.axes,
-        loss_fn=trainable.loss_fn,
-        optimizer=study.optimizer,
-        schedule=make_schedule(
-            study.schedule, total_steps=study.total_steps, tokens_per_step=tokens_per_step
-        ),
-        batches=batches,
-        evaluate=make_measuring(measures, len(members)),
-        evaluate_every_steps=every_steps,
+        group.runs(study),
+        group.batches,
+        make_measuring(group.measures, len(group.members)),
+        evaluate_every_steps=-(-study.total_steps // study.num_evaluations),
     )
 
 
@@ -170,18 +193,13 @@ def answers_of(model: Transformer) -> Measure:
     return measure
 
 
-def read_rows(
-    workdir: epath.Path,
-    members: Sequence[Member],
-    facts: Mapping[str, Any],
-    told: Sequence[Mapping[str, Any]] | None = None,
-) -> list[Row]:
-    """Return one row for each evaluation of each member: facts of the group, what is `told` of the
+def read_rows(workdir: epath.Path, group: StudyGroup) -> list[Row]:
+    """Return one row for each evaluation of each member: facts of the group, what is told of the
     member, its seed and decay, the step, and `{measure}/{name}` columns."""
-    told = told or [{}] * len(members)
+    told = group.told or [{}] * len(group.members)
     about = [
-        {**facts, **of, "seed": member.seed, "weight_decay": member.weight_decay}
-        for member, of in zip(members, told, strict=True)
+        {**group.facts, **of, "seed": member.seed, "weight_decay": member.weight_decay}
+        for member, of in zip(group.members, told, strict=True)
     ]
     rows = []
     for line in read_metrics(workdir):

@@ -1,33 +1,29 @@
 """Few-shot learning of a task mixture: accuracy by model size and by number of examples shown."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from etils import epath
 
 from configs.schema import EmergenceConfig
 from experiments.phenomena.changes import changes_table, forecasts_table
 from experiments.phenomena.common import (
     Findings,
     Row,
+    StudyGroup,
     answers_of,
-    read_rows,
     seed_members,
     stacked,
-    train_group,
     transformer,
 )
-from experiments.phenomena.figures import METRICS, metrics_figure
+from experiments.phenomena.figures import METRICS, ends_in_words, metrics_figure
 from llm.data.synthetic.batches import TaskBatches
 from llm.data.synthetic.few_shot import FUNCTIONS, LETTERS, few_shot_mixture, few_shot_rows
 from llm.evaluation.report import Section, Table
 from llm.scaling.emergence_config import FewShotConfig
 
 
-def train_few_shot(
-    config: FewShotConfig, common: EmergenceConfig, workdir: epath.Path
-) -> list[Row]:
-    """Train every model on the mixture; evaluate the last answer after 0, 1, 2, … examples."""
+def few_shot_groups(config: FewShotConfig, common: EmergenceConfig) -> Iterator[StudyGroup]:
+    """Yield every model on the mixture; measured is the last answer after 0, 1, 2, … examples."""
     members = seed_members(config)
     examples = max(config.shots) + 1
     task = few_shot_mixture(config.word_letters, examples)
@@ -47,23 +43,17 @@ def train_few_shot(
         for shots in config.shots
     }
     length = examples * (2 * config.word_letters + 2) - 2
-    rows = []
     for name, shape in config.models.items():
         model, trainable = transformer(shape, common)
-        facts = {"model": name, "params": trainable.num_params}
-        train_group(
-            workdir / name,
-            common,
-            config,
+        yield StudyGroup(
+            name,
             trainable,
             members,
             TaskBatches([task] * len(members), list(config.seeds), config.batch_sequences),
             {f"shots_{n}": (answers_of(model), batch) for n, batch in held_out.items()},
             tokens_per_step=config.batch_sequences * length,
-            facts=facts,
+            facts={"model": name, "params": trainable.num_params},
         )
-        rows += read_rows(workdir / name, members, facts)
-    return rows
 
 
 def describe_few_shot(config: FewShotConfig, rows: Sequence[Row]) -> Findings:
@@ -89,9 +79,10 @@ def describe_few_shot(config: FewShotConfig, rows: Sequence[Row]) -> Findings:
             x="params",
             label="parameters",
             log=True,
-            by=lambda row: shots_in_words(row["shots"]),
+            by=by_example_count,
             **guess,
-            caption="At the end of training, by number of examples shown; bands: range over seeds.",
+            caption="At the end of training; bands: range over seeds. Exact match over size: "
+            f"{ends_in_words(by_shots, 'params', 'shown/exact_match', by_example_count)}.",
             description="Few-shot accuracy and nats over model size.",
         ),
         metrics_figure(
@@ -102,7 +93,7 @@ def describe_few_shot(config: FewShotConfig, rows: Sequence[Row]) -> Findings:
             label="training step",
             by=lambda row: row["model"],
             **guess,
-            caption=f"After {most} examples, over training, by model.",
+            caption=f"After {most} examples, over training, by model; bands: range over seeds.",
             description="Few-shot accuracy and nats over training.",
         ),
     )
@@ -117,7 +108,7 @@ def describe_few_shot(config: FewShotConfig, rows: Sequence[Row]) -> Findings:
     }
     columns = ("Model", "Parameters", *map(shots_in_words, config.shots))
     caption = "Exact match of held-out words, mean over seeds."
-    over_size = dict(x="params", measure="shown", by=lambda row: shots_in_words(row["shots"]))
+    over_size = dict(x="params", measure="shown", by=by_example_count)
     forecasts = forecasts_table(
         by_shots,
         answer_tokens=config.word_letters,
@@ -131,6 +122,10 @@ def describe_few_shot(config: FewShotConfig, rows: Sequence[Row]) -> Findings:
     )
     section = Section("Few-shot learning", text, tables, figures)
     return Findings(section, summary)
+
+
+def by_example_count(row: Row) -> str:
+    return shots_in_words(row["shots"])
 
 
 def shots_in_words(shots: int) -> str:

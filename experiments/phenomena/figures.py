@@ -53,6 +53,14 @@ def curves(rows: Rows, x: str, y: str, by: Key) -> dict[Hashable, tuple[np.ndarr
     return series
 
 
+def ends_in_words(rows: Rows, x: str, y: str, by: Key) -> str:
+    """Return where the mean of each group's share starts and ends."""
+    means = {
+        group: np.nanmean(values, axis=1) for group, (_, values) in curves(rows, x, y, by).items()
+    }
+    return ", ".join(f"{group} {mean[0]:.1%} to {mean[-1]:.1%}" for group, mean in means.items())
+
+
 def plot_curves(
     axes: Axes, series: Mapping[Hashable, tuple[np.ndarray, np.ndarray]], *, markers: bool = False
 ) -> None:

@@ -1,10 +1,9 @@
 """Grokking: modular addition is known by heart long before it is understood."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from etils import epath
 
 from configs.schema import EmergenceConfig
 from experiments.phenomena.changes import changes_table
@@ -12,27 +11,24 @@ from experiments.phenomena.common import (
     LEARNT,
     Findings,
     Row,
+    StudyGroup,
     answers_of,
     first_step,
-    read_rows,
     runs_of,
     stacked,
-    train_group,
     transformer,
 )
 from experiments.phenomena.figures import bars_figure, curves, lines_figure, metrics_figure
 from llm.data.synthetic.batches import Sequences, Task, TaskBatches
 from llm.data.synthetic.modular import modular_addition
-from llm.evaluation.report import Section, Table
+from llm.evaluation.report import Figure, Section, Table
 from llm.scaling.emergence_config import GrokkingConfig
 from llm.scaling.fourier import fourier_power, key_frequencies
 from llm.training.members import Member
 
 
-def train_grokking(
-    config: GrokkingConfig, common: EmergenceConfig, workdir: epath.Path
-) -> list[Row]:
-    """Train all seeds with every decay; evaluate both splits and the embedding's spectrum."""
+def grokking_groups(config: GrokkingConfig, common: EmergenceConfig) -> Iterator[StudyGroup]:
+    """Yield all seeds with every decay; measured are both splits and the embedding's spectrum."""
     members = [
         Member(config.optimizer.learning_rate, decay, seed=seed, data_seed=seed)
         for decay, seed in itertools.product(config.weight_decays, config.seeds)
@@ -40,15 +36,12 @@ def train_grokking(
     splits = [modular_addition(config.modulus, config.train_fraction, m.data_seed) for m in members]
     model, trainable = transformer(config.model, common)
     train, test = ([split[i] for split in splits] for i in range(2))
-    facts = {"modulus": config.modulus, "params": trainable.num_params}
 
     def spectrum(params, batch):
         return {"power": fourier_power(params["embedder"]["embedding"][: config.modulus])}
 
-    train_group(
-        workdir,
-        common,
-        config,
+    yield StudyGroup(
+        f"modulo_{config.modulus}",
         trainable,
         members,
         TaskBatches(
@@ -60,9 +53,8 @@ def train_grokking(
             "spectrum": (spectrum, stacked(test[:1])),
         },
         tokens_per_step=train[0].weights.size,
-        facts=facts,
+        facts={"modulus": config.modulus, "params": trainable.num_params},
     )
-    return read_rows(workdir, members, facts)
 
 
 def whole(rows: Sequences) -> Task:
@@ -88,65 +80,14 @@ def describe_grokking(config: GrokkingConfig, rows: Sequence[Row]) -> Findings:
     table, summary = [], {}
     for (decay, seed), run in sorted(runs_of(rows, "weight_decay").items(), reverse=True):
         train, test = (first_step(run, f"{split}/exact_match") for split in ("train", "test"))
-        last = max(run, key=lambda row: row["step"])
-        power = np.array([last[f"spectrum/power_{k}"] for k in range(config.modulus // 2)])
-        keys = key_frequencies(power)
-        table.append((decay, seed, train, test, last["test/exact_match"], len(keys)))
+        right, keys = run[-1]["test/exact_match"], len(key_frequencies(_spectrum(config, run)))
+        table.append((decay, seed, train, test, right, keys))
         summary[f"decay_{decay:g}/seed_{seed}"] = {
             "train_step": train,
             "test_step": test,
-            "test_exact_match": last["test/exact_match"],
-            "frequencies_for_90_percent": len(keys),
+            "test_exact_match": right,
+            "frequencies_for_90_percent": keys,
         }
-    splits = [
-        row | {"split": split, "shown/exact_match": row[f"{split}/exact_match"]}
-        for row in rows
-        for split in ("train", "test")
-    ]
-    by_split = curves(
-        splits,
-        "step",
-        "shown/exact_match",
-        lambda row: f"{row['split']}, decay {row['weight_decay']:g}",
-    )
-    spectra = {
-        f"decay {decay:g}, seed {seed}": np.array(
-            [run[-1][f"spectrum/power_{k}"] for k in range(config.modulus // 2)]
-        )
-        for (decay, seed), run in sorted(runs_of(rows, "weight_decay").items(), reverse=True)
-        if seed == config.seeds[0]
-    }
-    figures = (
-        lines_figure(
-            "grokking",
-            by_split,
-            x_label="training step",
-            y_label="share right",
-            log_x=True,
-            caption=f"{seen_in_words(table)} Bands are the range over seeds.",
-            description=f"Share right of training and held-out pairs, modulus {config.modulus}.",
-        ),
-        metrics_figure(
-            "grokking-metrics",
-            rows,
-            measure="test",
-            x="step",
-            label="training step",
-            by=lambda row: f"decay {row['weight_decay']:g}",
-            choices=config.modulus,
-            answer_tokens=1,
-            caption="Held-out pairs by three metrics; bands are the range over seeds.",
-            description="Exact match, token accuracy and nats of held-out pairs over training.",
-        ),
-        bars_figure(
-            "grokking-spectrum",
-            spectra,
-            x_label="frequency",
-            y_label="share of the embedding's variance",
-            caption="The numbers' embedding at the end, by Fourier frequency.",
-            description="Share of the embedding's variance at each frequency at the end.",
-        ),
-    )
     text = (
         f"Pairs a, b with a + b modulo {config.modulus}; a random {config.train_fraction:.0%} of "
         "them are trained on, all at each step; those of which neither order is are held out. A "
@@ -156,15 +97,65 @@ def describe_grokking(config: GrokkingConfig, rows: Sequence[Row]) -> Findings:
         "variance."
     )
     columns = (
-        "Decay",
-        "Seed",
-        "Knows at step",
-        "Understands at step",
-        "Right at the end",
-        "Frequencies",
+        "Decay", "Seed", "Knows at step", "Understands at step", "Right at the end", "Frequencies",
+    )  # fmt: skip
+    changes = changes_table(rows, x="step", measure="test", by=_by_decay)
+    tables = Table(columns, tuple(table)), changes
+    figures = tuple(_figures(config, rows, seen_in_words(table)))
+    return Findings(Section("Grokking", text, tables, figures), summary)
+
+
+def _figures(config: GrokkingConfig, rows: Sequence[Row], seen: str) -> Iterator[Figure]:
+    """Yield both splits over training, the held-out one by three metrics, and the spectra."""
+    splits = [
+        row | {"split": split, "shown/exact_match": row[f"{split}/exact_match"]}
+        for row in rows
+        for split in ("train", "test")
+    ]
+    yield lines_figure(
+        "grokking",
+        curves(
+            splits,
+            "step",
+            "shown/exact_match",
+            lambda row: f"{row['split']}, {_by_decay(row)}",
+        ),
+        x_label="training step",
+        y_label="share right",
+        log_x=True,
+        caption=f"{seen} Bands are the range over seeds.",
+        description=f"Share right of training and held-out pairs, modulus {config.modulus}.",
     )
-    changes = changes_table(
-        rows, x="step", measure="test", by=lambda row: f"decay {row['weight_decay']:g}"
+    yield metrics_figure(
+        "grokking-metrics",
+        rows,
+        measure="test",
+        x="step",
+        label="training step",
+        by=_by_decay,
+        choices=config.modulus,
+        answer_tokens=1,
+        caption="Held-out pairs by three metrics; bands are the range over seeds.",
+        description="Exact match, token accuracy and nats of held-out pairs over training.",
     )
-    section = Section("Grokking", text, (Table(columns, tuple(table)), changes), figures)
-    return Findings(section, summary)
+    yield bars_figure(
+        "grokking-spectrum",
+        {
+            f"decay {decay:g}, seed {seed}": _spectrum(config, run)
+            for (decay, seed), run in sorted(runs_of(rows, "weight_decay").items(), reverse=True)
+            if seed == config.seeds[0]
+        },
+        x_label="frequency",
+        y_label="share of the embedding's variance",
+        caption="The numbers' embedding at the end, by Fourier frequency.",
+        description="Share of the embedding's variance at each frequency at the end.",
+    )
+
+
+def _spectrum(config: GrokkingConfig, run: Sequence[Row]) -> np.ndarray:
+    """Return the embedding's share of variance by frequency at the end of a run."""
+    return np.array([run[-1][f"spectrum/power_{k}"] for k in range(config.modulus // 2)])
+
+
+def _by_decay(row: Row) -> str:
+    return f"decay {row['weight_decay']:g}"

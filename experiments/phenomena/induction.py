@@ -1,9 +1,8 @@
 """Induction heads: two layers of attention find what followed last time, and one cannot."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from etils import epath
 from jax import numpy as jnp
 
 from configs.schema import EmergenceConfig
@@ -12,13 +11,12 @@ from experiments.phenomena.common import (
     Findings,
     Measure,
     Row,
+    StudyGroup,
     answers_of,
     first_step,
-    read_rows,
     runs_of,
     seed_members,
     stacked,
-    train_group,
     transformer,
 )
 from experiments.phenomena.figures import curves, lines_figure, metrics_figure
@@ -30,10 +28,8 @@ from llm.scaling.emergence_config import InductionConfig
 from llm.scaling.induction import attention_weights, prefix_matching_scores
 
 
-def train_induction(
-    config: InductionConfig, common: EmergenceConfig, workdir: epath.Path
-) -> list[Row]:
-    """Train every model; evaluate on a random segment and its repetition."""
+def induction_groups(config: InductionConfig, common: EmergenceConfig) -> Iterator[StudyGroup]:
+    """Yield every model; measured are a random segment and its repetition."""
     members = seed_members(config)
     task = repeated_segments(
         config.vocab_size, config.length_tokens, shortest=config.shortest_segment_tokens
@@ -46,14 +42,10 @@ def train_induction(
             )
         ]
     )
-    rows = []
     for name, shape in config.models.items():
         model, trainable = transformer(shape, common)
-        facts = {"model": name, "layers": shape.num_layers, "params": trainable.num_params}
-        train_group(
-            workdir / name,
-            common,
-            config,
+        yield StudyGroup(
+            name,
             trainable,
             members,
             TaskBatches([task] * len(members), list(config.seeds), config.batch_sequences),
@@ -62,10 +54,8 @@ def train_induction(
                 "heads": (heads_of(model, segment), held_out),
             },
             tokens_per_step=config.batch_sequences * config.length_tokens,
-            facts=facts,
+            facts={"model": name, "layers": shape.num_layers, "params": trainable.num_params},
         )
-        rows += read_rows(workdir / name, members, facts)
-    return rows
 
 
 def heads_of(model: Transformer, segment_tokens: int) -> Measure:
@@ -98,13 +88,15 @@ def describe_induction(config: InductionConfig, rows: Sequence[Row]) -> Findings
             "nats_half_at_step": falls,
         }
     by = lambda row: row["model"]  # noqa: E731
+    seen = seen_in_words(table)
     figures = (
         lines_figure(
             "induction-heads",
             curves(rows, "step", "heads/best_prefix_matching", by),
             x_label="training step",
             y_label="prefix matching of the best head",
-            caption="Attention to the token after the same one before; bands: range over seeds.",
+            caption="Attention to the token after the same one before; bands: range over seeds. "
+            f"{seen}",
             description="Prefix-matching score of the best head over training, by layers.",
         ),
         metrics_figure(
@@ -133,3 +125,21 @@ def describe_induction(config: InductionConfig, rows: Sequence[Row]) -> Findings
     changes = changes_table(rows, x="step", measure="repeat", by=by)
     section = Section("Induction heads", text, (Table(columns, tuple(table)), changes), figures)
     return Findings(section, summary)
+
+
+def seen_in_words(table: Sequence[tuple]) -> str:
+    """Return what rows of model, seed, score, accuracy, nats, steps of rise and fall, … show."""
+    parts = []
+    for model in dict.fromkeys(row[0] for row in table):
+        rows = [row for row in table if row[0] == model]
+        scores, risen = [row[2] for row in rows], [row for row in rows if row[5] is not None]
+        what = f"{model}: {min(scores):.2f} to {max(scores):.2f} at the end"
+        fallen = [row for row in risen if row[6] is not None]
+        if fallen:
+            apart = max(abs(row[5] - row[6]) for row in fallen)
+            what += (
+                f", above 0.5 in {len(risen)} of {len(rows)} seeds, there within {apart:,} steps "
+                "of the loss falling below half of chance's"
+            )
+        parts.append(f"{what}.")
+    return " ".join(parts)

@@ -1,36 +1,34 @@
 """Multitask sparse parity: each skill is learnt at a stroke, their mean falls as a power law."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from configs.schema import EmergenceConfig
 from experiments.phenomena.changes import changes_table, forecasts_table
 from experiments.phenomena.common import (
     Findings,
     Row,
+    StudyGroup,
     Trainable,
     first_step,
-    read_rows,
     runs_of,
     seed_members,
-    train_group,
 )
 from experiments.phenomena.figures import curves, lines_figure, metrics_figure
 from llm.data.synthetic.parity import SparseParity
-from llm.evaluation.report import Section, Table
+from llm.evaluation.report import Figure, Section, Table
 from llm.models.mlp import ParityNetwork
 from llm.scaling.emergence_config import ParityConfig
 
 _HALF = 0.35  # nats of a subtask, half of chance's, below which it counts as learnt
 
 
-def train_parity(config: ParityConfig, common: EmergenceConfig, workdir: epath.Path) -> list[Row]:
-    """Train every width; evaluate each subtask by itself, and their mean by how often they come."""
+def parity_groups(config: ParityConfig, common: EmergenceConfig) -> Iterator[StudyGroup]:
+    """Yield every width; measured are each subtask, and their mean by how often they come."""
     members = seed_members(config)
     problems = [
         SparseParity(
@@ -39,24 +37,18 @@ def train_parity(config: ParityConfig, common: EmergenceConfig, workdir: epath.P
         for member in members
     ]
     held_out = held_out_rows(problems, config.held_out_rows_per_subtask)
-    rows = []
     for width in config.widths:
         network = ParityNetwork(config.num_subtasks, config.num_bits, width)
         trainable = as_trainable(network)
-        facts = {"model": f"w{width}", "width": width, "params": trainable.num_params}
-        train_group(
-            workdir / f"w{width}",
-            common,
-            config,
+        yield StudyGroup(
+            f"w{width}",
             trainable,
             members,
             ParityBatches(problems, [m.data_seed for m in members], config.batch_rows),
             {"test": (by_subtask(network, jnp.asarray(problems[0].frequencies)), held_out)},
             tokens_per_step=config.batch_rows,
-            facts=facts,
+            facts={"model": f"w{width}", "width": width, "params": trainable.num_params},
         )
-        rows += read_rows(workdir / f"w{width}", members, facts)
-    return rows
 
 
 def as_trainable(network: ParityNetwork) -> Trainable:
@@ -143,65 +135,52 @@ class ParityBatches:
 def describe_parity(config: ParityConfig, rows: Sequence[Row]) -> Findings:
     """Return when each skill was learnt, the mean loss over training, and over size."""
     final = [row for row in rows if row["step"] == config.total_steps]
-    widest = max(config.widths)
-    learnt = {
-        seed: [
-            first_step(
-                [row | {"right": -row[f"test/subtask_nats_{i}"]} for row in run], "right", -_HALF
-            )
-            for i in range(config.num_subtasks)
-        ]
-        for (width, seed), run in runs_of(rows, "width").items()
-        if width == widest
-    }
+    subtasks, widest = range(config.num_subtasks), max(config.widths)
     table = []
     for width in config.widths:
         found = [row for row in final if row["width"] == width]
         nats = [row["test/answer_nats"] for row in found]
-        skills = [
-            sum(row[f"test/subtask_nats_{i}"] < _HALF for i in range(config.num_subtasks))
-            for row in found
-        ]
+        skills = [sum(row[f"test/subtask_nats_{i}"] < _HALF for i in subtasks) for row in found]
         table.append((width, found[0]["params"], np.mean(nats), np.mean(skills)))
     slope = power_law_exponent([row[1] for row in table], [row[2] for row in table])
-    by_steps = curves(
-        [r for r in rows if r["step"] > 0],
-        "step",
-        "test/answer_nats",
-        lambda r: f"width {r['width']}",
+    learnt = {
+        seed: [step_learnt(run, i) for i in subtasks]
+        for (width, seed), run in runs_of(rows, "width").items()
+        if width == widest
+    }
+    text = (
+        f"{config.num_subtasks} subtasks, each the parity of its own {config.subset_bits} of "
+        f"{config.num_bits} bits, are drawn the less often the later they stand (exponent "
+        f"{config.alpha + 1:g}). A subtask is at chance, 0.69 nats, until learnt, then near 0. "
+        f"Over sizes the mean loss falls with exponent {slope:.2f} in the number of parameters."
     )
-    skills = {
-        f"subtask {i + 1}": curves(
-            [
-                r
-                for r in rows
-                if r["width"] == widest and r["step"] > 0 and r["seed"] == config.seeds[0]
-            ],
-            "step",
-            f"test/subtask_nats_{i}",
-            lambda row: 0,
-        )[0]
-        for i in _spread(config.num_subtasks)
+    summary = {
+        "skill_steps": {f"seed_{seed}": steps for seed, steps in learnt.items()},
+        "mean_nats_by_width": {str(row[0]): row[2] for row in table},
+        "exponent_in_parameters": slope,
     }
     shown = [row | {"test/token_accuracy": row["test/exact_match"]} for row in final]
+    over_size = dict(x="params", measure="test", by=lambda row: "all subtasks")
+    tables = (
+        Table(("Width", "Parameters", "Nats", "Subtasks learnt"), tuple(table)),
+        changes_table(shown, **over_size),
+        forecasts_table(shown, answer_tokens=1, chance_of_token=0.5, **over_size),
+    )
     figures = (
-        lines_figure(
-            "parity-skills",
-            skills,
-            x_label="training step",
-            y_label="nats",
-            log_x=True,
-            caption=f"Some subtasks, width {widest}, one seed: each falls at a stroke.",
-            description="Loss of single subtasks over training.",
-        ),
+        _skills_figure(config, rows, learnt[config.seeds[0]]),
         lines_figure(
             "parity-mean",
-            by_steps,
+            curves(
+                [row for row in rows if row["step"] > 0],
+                "step",
+                "test/answer_nats",
+                lambda row: f"width {row['width']}",
+            ),
             x_label="training step",
             y_label="nats, weighed by frequency",
             log_x=True,
             log_y=True,
-            caption="All subtasks as often as they come: the steps add up to a smooth fall.",
+            caption="All subtasks as often as they come; bands: range over seeds.",
             description="Mean loss over training by width.",
         ),
         metrics_figure(
@@ -214,29 +193,45 @@ def describe_parity(config: ParityConfig, rows: Sequence[Row]) -> Findings:
             by=lambda row: "all subtasks",
             choices=2,
             answer_tokens=1,
-            caption="At the end of training; of answers of one token accuracy is exact match.",
+            caption=f"At the end of training {table[0][3]:.0f} subtasks are learnt at "
+            f"{table[0][1]:,} parameters and {table[-1][3]:.0f} at {table[-1][1]:,} (means over "
+            "seeds); of answers of one token accuracy is exact match.",
             description="Accuracy and loss over the number of parameters.",
         ),
     )
-    order = [step for step in learnt[config.seeds[0]] if step is not None]
-    text = (
-        f"{config.num_subtasks} subtasks, each the parity of its own {config.subset_bits} of "
-        f"{config.num_bits} bits, are drawn the less often the later they stand (exponent "
-        f"{config.alpha + 1:g}). A subtask is at chance, 0.69 nats, until learnt, then near 0. "
-        f"At width {widest} {len(order)} of them were learnt in one seed. Over sizes the mean loss "
-        f"falls with exponent {slope:.2f} in the number of parameters."
-    )
-    summary = {
-        "skill_steps": {f"seed_{seed}": steps for seed, steps in learnt.items()},
-        "mean_nats_by_width": {str(row[0]): row[2] for row in table},
-        "exponent_in_parameters": slope,
-    }
-    columns = ("Width", "Parameters", "Nats", "Subtasks learnt")
-    over_size = dict(x="params", measure="test", by=lambda row: "all subtasks")
-    changes = changes_table(shown, **over_size)
-    forecasts = forecasts_table(shown, answer_tokens=1, chance_of_token=0.5, **over_size)
-    tables = (Table(columns, tuple(table)), changes, forecasts)
     return Findings(Section("Sparse parity", text, tables, figures), summary)
+
+
+def step_learnt(run: Sequence[Row], subtask: int, nats: float = _HALF) -> int | None:
+    """Return the first step at which a subtask's loss is below so many nats; None: never."""
+    return first_step(
+        [{**row, "right": -row[f"test/subtask_nats_{subtask}"]} for row in run], "right", -nats
+    )
+
+
+def _skills_figure(config: ParityConfig, rows: Sequence[Row], learnt: Sequence) -> Figure:
+    """Draw some subtasks of the widest network in one seed over training."""
+    widest = max(config.widths)
+    run = [
+        row
+        for row in rows
+        if (row["width"], row["seed"]) == (widest, config.seeds[0]) and row["step"] > 0
+    ]
+    steps = [step for step in learnt if step is not None]
+    between = f", between steps {min(steps):,} and {max(steps):,}" if steps else ""
+    return lines_figure(
+        "parity-skills",
+        {
+            f"subtask {i + 1}": curves(run, "step", f"test/subtask_nats_{i}", lambda row: 0)[0]
+            for i in _spread(config.num_subtasks)
+        },
+        x_label="training step",
+        y_label="nats",
+        log_x=True,
+        caption=f"Some subtasks, width {widest}, one seed. Of all {config.num_subtasks} "
+        f"{len(steps)} are learnt{between}: each falls below half of chance once it is.",
+        description="Loss of single subtasks over training.",
+    )
 
 
 def power_law_exponent(x: Sequence[float], y: Sequence[float]) -> float:

@@ -48,19 +48,22 @@ def abstract_state(
     return jax.tree.map(_placed, shapes, state_shardings(model, optimizer, mesh, ema=ema))
 
 
+def batch_shapes(num_sequences: int, length_tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of a packed batch, its cursor left out."""
+    names = ("tokens", "targets", "segment_ids", "positions", "loss_weights")
+    shape = num_sequences, length_tokens
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "loss_weights" else jnp.int32)
+        for name in names
+    }
+
+
 def abstract_batch(
     mesh: Mesh, num_sequences: int, length_tokens: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a packed batch and where they lie."""
-    names = ("tokens", "targets", "segment_ids", "positions", "loss_weights")
-    rows = {
-        name: jax.ShapeDtypeStruct(
-            (num_sequences, length_tokens),
-            jnp.float32 if name == "loss_weights" else jnp.int32,
-            sharding=batch_sharding(mesh, 2),
-        )
-        for name in names
-    }
+    shapes = batch_shapes(num_sequences, length_tokens)
+    rows = {name: _placed(x, batch_sharding(mesh, 2)) for name, x in shapes.items()}
     replicated = NamedSharding(mesh, PartitionSpec())
     return rows | {"cursor": jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated)}
 

@@ -7,8 +7,8 @@ idle, and together they fill it.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, no_type_check
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from llm.training.config import OptimizerConfig
 from llm.training.optimizers import make_optimizer
 from llm.training.schedules import Schedule
 from llm.training.state import TrainState, fresh_state
-from llm.training.step import Batch, LossFn, make_step_fn
+from llm.training.step import LossFn, make_step_fn
 
 # What a batch or state has once for all members, and what each has for itself.
 _STATE_AXES = TrainState(
@@ -68,83 +68,128 @@ def members_mesh(num_members: int, devices: Sequence[jax.Device] | None = None) 
     return Mesh(np.asarray(devices[:count]), ("members",))
 
 
-def init_members(
-    init: Callable[[Key[Array, ""]], dict],
-    axes: dict,
-    config: OptimizerConfig,
-    members: Sequence[Member],
-    mesh: Mesh,
-    *,
-    width_ratio: float | None = None,
-) -> TrainState:
-    """Return the stacked fresh states of all members; `init` gives the parameters of a key."""
+@dataclasses.dataclass(frozen=True)
+class MemberRuns:
+    """Runs of one shape: what each of them trains, and what tells them apart.
 
-    def one(seed, weight_decay, init_scale) -> TrainState:
-        optimizer = make_optimizer(config, axes, weight_decay=weight_decay, width_ratio=width_ratio)
-        ema = config.ema_decay is not None
-        return fresh_state(init, optimizer, jax.random.key(seed), init_scale, ema=ema)
+    `init` gives the parameters of a key, `axes` their logical axes.
+    """
 
-    dials = make_dials(members)
-    stacked = jax.vmap(one, out_axes=_STATE_AXES)
-    arguments = (dials.seed, dials.weight_decay, dials.init_scale)
-    return jax.jit(stacked, out_shardings=_shardings(mesh))(*arguments)
+    members: Sequence[Member]
+    init: Callable[[Key[Array, ""]], dict]
+    axes: dict
+    loss_fn: LossFn
+    optimizer: OptimizerConfig
+    schedule: Schedule
+    width_ratio: float | None = None
+    accumulate_steps: int = 1
+
+    def init_state(self, mesh: Mesh) -> TrainState:
+        """Return the stacked fresh states."""
+        return jax.jit(self._init, out_shardings=_shardings(mesh))(*self._init_dials())
+
+    def abstract_state(self, mesh: Mesh) -> TrainState:
+        """Return the shapes of the stacked states and where they lie, on devices not here too."""
+        shapes = jax.eval_shape(self._init, *self._init_dials())
+        places = jax.tree.broadcast(_shardings(mesh), shapes)
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+        )
+
+    def make_step(self, mesh: Mesh) -> "MembersStep":
+        """Return the jitted step of all members: each the step of its single run."""
+
+        def one(state, arrays, cursor, dials):
+            optimizer = self._optimizer(dials.weight_decay)
+            step = make_step_fn(
+                self.loss_fn,
+                optimizer,
+                self.optimizer,
+                self.schedule,
+                accumulate_steps=self.accumulate_steps,
+            )
+            return step(state, arrays | {"cursor": cursor}, dials.learning_rate)
+
+        def step(state, arrays, cursor, dials, shared):
+            if shared:
+                arrays = jax.tree.map(lambda x: x[0], arrays)
+            in_axes = (_STATE_AXES, None if shared else 0, None, 0)
+            mapped = jax.vmap(one, in_axes=in_axes, out_axes=(_STATE_AXES, 0))
+            return mapped(state, arrays, cursor, dials)
+
+        jitted = jax.jit(
+            step, donate_argnums=0, static_argnums=4, out_shardings=(_shardings(mesh), _over(mesh))
+        )
+        return MembersStep(jitted, make_dials(self.members), mesh)
+
+    def _init(self, seed, weight_decay, init_scale) -> TrainState:
+        def one(seed, weight_decay, init_scale) -> TrainState:
+            ema = self.optimizer.ema_decay is not None
+            optimizer, key = self._optimizer(weight_decay), jax.random.key(seed)
+            return fresh_state(self.init, optimizer, key, init_scale, ema=ema)
+
+        return jax.vmap(one, out_axes=_STATE_AXES)(seed, weight_decay, init_scale)
+
+    def _init_dials(self) -> tuple[np.ndarray, ...]:
+        dials = make_dials(self.members)
+        return dials.seed, dials.weight_decay, dials.init_scale
+
+    def _optimizer(self, weight_decay):
+        return make_optimizer(
+            self.optimizer, self.axes, weight_decay=weight_decay, width_ratio=self.width_ratio
+        )
 
 
-def make_members_step(
-    loss_fn: LossFn,
-    axes: dict,
-    config: OptimizerConfig,
-    schedule: Schedule,
-    members: Sequence[Member],
-    mesh: Mesh,
-    *,
-    width_ratio: float | None = None,
-    accumulate_steps: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """Return the jitted step of all members: (stacked state, batch) → (stacked state, metrics [R]).
+class MembersStep:
+    """The jitted step of all members: (stacked state, batch) → (stacked state, metrics [R]).
 
     A batch has the members' own rows on axis 0, [R B …], or one row block [1 B …] for all of them;
     its cursor is one. To be called outside `jax.set_mesh`: members are spread over devices, and
     nothing of one member is.
     """
 
-    def one(state, arrays, cursor, dials):
-        optimizer = make_optimizer(
-            config, axes, weight_decay=dials.weight_decay, width_ratio=width_ratio
-        )
-        step = make_step_fn(loss_fn, optimizer, config, schedule, accumulate_steps=accumulate_steps)
-        return step(state, arrays | {"cursor": cursor}, dials.learning_rate)
+    def __init__(self, jitted: Any, dials: Dials, mesh: Mesh):
+        self._jitted, self._dials, self._mesh = jitted, dials, mesh
+        self._placed_dials: Dials | None = None
 
-    def step(state, arrays, cursor, dials, shared):
-        if shared:
-            arrays = jax.tree.map(lambda x: x[0], arrays)
-        mapped = jax.vmap(
-            one, in_axes=(_STATE_AXES, None if shared else 0, None, 0), out_axes=(_STATE_AXES, 0)
-        )
-        return mapped(state, arrays, cursor, dials)
+    def __call__(
+        self, state: TrainState, batch: Mapping[str, Any]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        if self._placed_dials is None:
+            self._placed_dials = jax.device_put(self._dials, _over(self._mesh))
+        arrays, shared = self._rows(batch)
+        arrays = jax.device_put(arrays, _alike(self._mesh) if shared else _over(self._mesh))
+        return self._jitted(state, arrays, jnp.uint32(batch["cursor"]), self._placed_dials, shared)
 
-    by_member = NamedSharding(mesh, PartitionSpec("members"))
-    jitted = jax.jit(
-        step, donate_argnums=0, static_argnums=4, out_shardings=(_shardings(mesh), by_member)
-    )
-    dials = jax.device_put(make_dials(members), by_member)
+    def lower(self, state: TrainState, batch: Mapping[str, Any]) -> jax.stages.Lowered:
+        """Lower for a batch of such shapes and the mesh's devices, which need not be here."""
+        arrays, shared = self._rows(batch)
+        place = _alike(self._mesh) if shared else _over(self._mesh)
+        shapes = [_shapes(x, at) for x, at in ((arrays, place), (self._dials, _over(self._mesh)))]
+        cursor = jax.ShapeDtypeStruct((), jnp.uint32, sharding=_alike(self._mesh))
+        return self._jitted.lower(state, shapes[0], cursor, shapes[1], shared)
 
-    def call(state, batch):
+    def _rows(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         arrays = {name: x for name, x in batch.items() if name != "cursor"}
         rows = next(iter(arrays.values())).shape[0]
-        shared = rows == 1 and len(members) > 1
-        replicated = NamedSharding(mesh, PartitionSpec())
-        arrays = jax.device_put(arrays, replicated if shared else by_member)
-        return jitted(state, arrays, jnp.uint32(batch["cursor"]), dials, shared)
+        return arrays, rows == 1 and len(self._dials.seed) > 1
 
-    return call
+
+def _shapes(tree: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _over(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec("members"))
+
+
+def _alike(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def _shardings(mesh: Mesh) -> TrainState:
     """Return where a stacked state lies, as a prefix of its tree."""
-    by_member = NamedSharding(mesh, PartitionSpec("members"))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return TrainState(*(replicated if axis is None else by_member for axis in _axes()))
+    return TrainState(*(_alike(mesh) if axis is None else _over(mesh) for axis in _axes()))
 
 
 def _axes() -> tuple:

@@ -12,13 +12,7 @@ from llm.parallel.config import MeshConfig
 from llm.parallel.mesh import make_mesh
 from llm.training.config import OptimizerConfig, ScheduleConfig
 from llm.training.loss import make_causal_lm_loss
-from llm.training.members import (
-    Member,
-    init_members,
-    make_members_step,
-    member_of,
-    members_mesh,
-)
+from llm.training.members import Member, MemberRuns, member_of, members_mesh
 from llm.training.optimizers import make_optimizer
 from llm.training.schedules import make_schedule
 from llm.training.state import init_state, state_shardings
@@ -73,9 +67,15 @@ def stacked_batch(data_seeds, step: int) -> dict:
 @functools.cache
 def together(optimizer: OptimizerConfig, num_devices: int, shared: bool = False):
     mesh = members_mesh(len(MEMBERS), jax.devices()[:num_devices])
-    axes = logical_axes(MODEL)
-    state = init_members(functools.partial(init_params, MODEL), axes, optimizer, MEMBERS, mesh)
-    step = make_members_step(LOSS, axes, optimizer, SCHEDULE, MEMBERS, mesh)
+    runs = MemberRuns(
+        MEMBERS,
+        functools.partial(init_params, MODEL),
+        logical_axes(MODEL),
+        LOSS,
+        optimizer,
+        SCHEDULE,
+    )
+    state, step = runs.init_state(mesh), runs.make_step(mesh)
     losses = []
     for i in range(STEPS):
         seeds = [0] if shared else [member.data_seed for member in MEMBERS]
