@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
 
 from experiments.fit_summary import Analysis, number
 from llm.evaluation.figures import BLUE, GREEN, GREY, ORANGE, SKY, VERMILION, as_figure, draw
@@ -182,7 +182,8 @@ def parabola_figure(analysis: Analysis, plotted: Plotted) -> Figure:
         f"Loss over {what} at {len(fit.parabolas)} budgets from {number(first.flops)} to "
         f"{number(last.flops)} FLOPs; the best goes from {number(best[0])} to {number(best[-1])}.",
         f"One parabola a budget, from {number(first.flops)} FLOPs (dark) to {number(last.flops)} "
-        f"(light); {len(fit.refused)} budgets have no minimum to report.",
+        "(light)"
+        + (f"; {len(fit.refused)} more have no minimum to report." if fit.refused else "."),
     )
 
 
@@ -276,7 +277,7 @@ def held_out_figure(analysis: Analysis, plotted: Plotted) -> Figure:
     low = np.where(np.isfinite(held_out.low), held_out.low, predicted)
     high = np.where(np.isfinite(held_out.high), held_out.high, predicted)
     bars = [np.maximum(predicted - low, 0), np.maximum(high - predicted, 0)]
-    ends = np.array(_margin(np.concatenate([measured, predicted])))
+    ends = np.array(_margin(np.concatenate([measured, low, high])))
     axes.plot(ends, ends, color="#555555", linewidth=0.9, label="predicted = measured")
     axes.errorbar(
         measured,
@@ -289,16 +290,19 @@ def held_out_figure(analysis: Analysis, plotted: Plotted) -> Figure:
         linewidth=0.9,
         label=f"held out, {held_out.level:.0%} intervals",
     )
-    if not held_out.quantity.startswith("loss"):
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-    axes.set_xlim(*ends)
+    logarithmic = ends[1] > 10 * ends[0]
+    axes.set(xlim=ends, ylim=ends, aspect="equal")
+    axes.set(xscale="log" if logarithmic else "linear", yscale="log" if logarithmic else "linear")
+    if not logarithmic and ends[1] > 1000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     _finish(axes, f"measured {held_out.quantity}", "predicted")
     plotted.add("held-out", "x measured, y predicted", measured, predicted, low, high)
     scores = held_out.scores()
+    average = " on average" if scores["num_runs"] > 1 else ""
     words = (
         f"{scores['num_runs']} held out, up to {number(held_out.flops.max())} FLOPs: off by "
-        f"{scores['mean_relative_error']:.2%} on average, by a fit up to "
+        f"{scores['mean_relative_error']:.2%}{average}, by a fit up to "
         f"{number(held_out.fitted_up_to_flops)} FLOPs."
     )
     return as_figure("held-out", drawing, f"Predicted against measured: {words}", words)

@@ -183,14 +183,20 @@ def starts_in_words(starts: StartReport) -> str:
 def held_out_in_words(held_out: HeldOut) -> str:
     """Return the errors on the held-out runs in one sentence."""
     scores = held_out.scores()
-    what = "runs" if held_out.quantity.startswith("loss") else "points"
-    inside = scores["share_in_interval"]
+    count, inside = scores["num_runs"], scores["share_in_interval"]
+    loss = held_out.quantity.startswith("loss")
     error = scores["mean_absolute_error"]
-    size = f"{error:.4f} nats" if what == "runs" else number(error)
-    return (
+    what = ("run" if loss else "point") + "s" * (count != 1)
+    words = (
         f"held out: a fit up to {number(held_out.fitted_up_to_flops)} FLOPs foretells the "
-        f"{held_out.quantity.split(' (')[0]} of {scores['num_runs']} larger {what} to {size} "
-        f"({scores['mean_relative_error']:.2%}) on average, signed "
-        f"{number(scores['mean_signed_error'])}, R² {number(scores['r_squared'])}"
-        + (f", {inside:.0%} within the {held_out.level:.0%} interval" if inside == inside else "")
+        f"{held_out.quantity.split(' (')[0]} of {count} larger {what} to "
+        f"{f'{error:.4f} nats' if loss else number(error)} ({scores['mean_relative_error']:.2%})"
     )
+    if count > 1:
+        words += (
+            f" on average, signed {number(scores['mean_signed_error'])}, "
+            f"R² {number(scores['r_squared'])}"
+        )
+    if inside == inside:
+        words += f", {inside:.0%} within the {held_out.level:.0%} interval"
+    return words

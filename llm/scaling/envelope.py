@@ -16,6 +16,7 @@ from llm.scaling.runs import FLOPS_PER_PARAM_TOKEN, NotIdentifiableError, Runs, 
 _GRID_POINTS = 1500  # Hoffmann et al. 2022
 _LEAST_ON_ENVELOPE = 3  # models
 _MOST_LOST = 0.1  # of the resamples
+_FLAT = 1e-6  # an exponent that is 0 but for rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,8 @@ def fit_envelope(
 
     Raises:
       NotIdentifiableError: there are fewer than 3 sizes with 2 points each, fewer than 3 models are
-        ever the best between two others, or more than a tenth of the resamples has no envelope.
+        ever the best between two others, more than a tenth of the resamples has no envelope, or
+        the interval of the size's exponent reaches 0.
 
     Source: Hoffmann et al. 2022, arXiv:2203.15556, section 3.1. Leaving out the ends and the
     intervals are ours.
@@ -138,6 +140,13 @@ def fit_envelope(
         raise NotIdentifiableError(
             f"{lost / num_draws:.0%} of the resamples have no envelope of two models: the exponent "
             "hangs on single models; train more sizes"
+        )
+    flat = sum(slope < _FLAT for _, slope in lines)
+    if flat > (1 - level) / 2 * len(lines):
+        raise NotIdentifiableError(
+            f"in {flat / len(lines):.0%} of the resamples the best size does not grow with compute:"
+            " the interval of its exponent has no lower end; train more sizes, the small ones "
+            "longer"
         )
     notes = [f"{lost} of {num_draws} resamples had no envelope and were left out"] if lost else []
     return EnvelopeFit(

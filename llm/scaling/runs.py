@@ -88,12 +88,12 @@ def count_sizes(sizes: Float[np.ndarray, " R"]) -> int:
 def split_by_flops(runs: Runs, fraction: float) -> tuple[Runs, Runs]:
     """Return the runs without the largest by FLOPs, and those: `fraction` of the rows, at least 1.
 
-    Rows of as many FLOPs as the smallest that is held out are held out as well, so that no budget
-    is on both sides.
+    Rows of 2% fewer FLOPs than the smallest that is held out are held out as well: steps are whole,
+    so runs of one budget differ a little, and no budget is to be on both sides.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"the held-out fraction is {fraction}; it lies between 0 and 1")
     count = max(1, round(fraction * len(runs)))
     threshold = np.sort(runs.flops)[-count]
-    held_out = runs.flops >= threshold * (1 - 1e-6)
+    held_out = runs.flops >= threshold * 0.98
     return runs.select(~held_out), runs.select(held_out)

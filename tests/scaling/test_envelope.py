@@ -74,3 +74,13 @@ def test_the_upper_part_of_the_envelope_is_foretold():
     held_out = hold_out_envelope(curves(HOFFMANN, 40), fraction=0.2, num_draws=100)
     assert held_out.fitted_up_to_flops < held_out.flops.min()
     assert held_out.scores()["mean_relative_error"] < 0.1
+
+
+def test_an_exponent_that_may_be_zero_is_refused():
+    # A grid of sizes whose inner ones are shuffled: the best is now this one, now that one.
+    runs, sizes = curves(HOFFMANN, 40), np.geomspace(1e7, 1e10, 40)
+    order = np.r_[0, 1 + np.random.default_rng(0).permutation(38), 39]
+    shuffled = sizes[order][runs.run]
+    swapped = Runs.of(shuffled, runs.flops / (6 * shuffled), runs.loss, run=runs.run)
+    with pytest.raises(NotIdentifiableError, match="the best size does not grow with compute"):
+        fit_envelope(swapped)
