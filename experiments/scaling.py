@@ -50,8 +50,8 @@ def main(config: ScalingConfig) -> None:
         return
 
     for i, group in enumerate(groups):
-        left = sum(costs[later.name].seconds for later in groups[i:])
-        print(f"group {i + 1} of {len(groups)}, about {format_duration(left)} left in all")
+        left = format_duration(seconds_left(groups, i, costs, stages.wall_seconds))
+        print(f"group {i + 1} of {len(groups)}, about {left} left in all")
         stages.run(group.name, lambda group=group: train_group(config, group, workdir))
 
     rows = evaluation_rows(config, groups, prepared, workdir)
@@ -74,6 +74,16 @@ def predicted(
     found = predict(config, groups)
     write_atomically(file, json.dumps(found, indent=1))
     return found
+
+
+def seconds_left(
+    groups: list[Group], done: int, costs: dict[str, Prediction], wall_seconds: dict[str, float]
+) -> float:
+    """Return what is predicted of the groups not done, at the pace of those that are."""
+    predicted = [costs[group.name].seconds for group in groups]
+    taken = sum(wall_seconds[group.name] for group in groups[:done])
+    pace = taken / sum(predicted[:done]) if done else 1.0
+    return pace * sum(predicted[done:])
 
 
 def listing(groups: list[Group], costs: dict[str, Prediction]) -> str:

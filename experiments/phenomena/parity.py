@@ -1,5 +1,6 @@
 """Multitask sparse parity: each skill is learnt at a stroke, their mean falls as a power law."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
@@ -148,16 +149,22 @@ def describe_parity(config: ParityConfig, rows: Sequence[Row]) -> Findings:
         for (width, seed), run in runs_of(rows, "width").items()
         if width == widest
     }
+    in_steps, factor = slope_over_steps(rows, widest), steps_to_learn(rows, config)
     text = (
         f"{config.num_subtasks} subtasks, each the parity of its own {config.subset_bits} of "
         f"{config.num_bits} bits, are drawn the less often the later they stand (exponent "
-        f"{config.alpha + 1:g}). A subtask is at chance, 0.69 nats, until learnt, then near 0. "
-        f"Over sizes the mean loss falls with exponent {slope:.2f} in the number of parameters."
+        f"{config.alpha + 1:g}). A subtask is at chance, 0.69 nats, until learnt, then near 0: "
+        f"from 90% of chance to 10% the number of steps grows {factor:.1f} times (median of what "
+        f"width {widest} learns). Their mean is smooth: over the last nine tenths of training it "
+        f"falls as steps to the power {in_steps:.2f}, and over sizes as parameters to the power "
+        f"{slope:.2f} (Michaud et al. expect −α = {-config.alpha:g} where only size limits)."
     )
     summary = {
         "skill_steps": {f"seed_{seed}": steps for seed, steps in learnt.items()},
         "mean_nats_by_width": {str(row[0]): row[2] for row in table},
         "exponent_in_parameters": slope,
+        "exponent_in_steps": in_steps,
+        "steps_ratio_from_90_to_10_percent": factor,
     }
     shown = [row | {"test/token_accuracy": row["test/exact_match"]} for row in final]
     over_size = dict(x="params", measure="test", by=lambda row: "all subtasks")
@@ -193,8 +200,8 @@ def describe_parity(config: ParityConfig, rows: Sequence[Row]) -> Findings:
             by=lambda row: "all subtasks",
             choices=2,
             answer_tokens=1,
-            caption=f"At the end of training {table[0][3]:.0f} subtasks are learnt at "
-            f"{table[0][1]:,} parameters and {table[-1][3]:.0f} at {table[-1][1]:,} (means over "
+            caption=f"At the end of training {table[0][3]:.1f} subtasks are learnt at "
+            f"{table[0][1]:,} parameters and {table[-1][3]:.1f} at {table[-1][1]:,} (means over "
             "seeds); of answers of one token accuracy is exact match.",
             description="Accuracy and loss over the number of parameters.",
         ),
@@ -232,6 +239,26 @@ def _skills_figure(config: ParityConfig, rows: Sequence[Row], learnt: Sequence) 
         f"{len(steps)} are learnt{between}: each falls below half of chance once it is.",
         description="Loss of single subtasks over training.",
     )
+
+
+def slope_over_steps(rows: Sequence[Row], width: int) -> float:
+    """Return the exponent of a width's mean loss in steps, from a tenth of training on."""
+    of_width = [row for row in rows if row["width"] == width]
+    steps, nats = curves(of_width, "step", "test/answer_nats", lambda row: 0)[0]
+    late = steps >= steps.max() / 10
+    return power_law_exponent(steps[late], nats.mean(axis=1)[late])
+
+
+def steps_to_learn(rows: Sequence[Row], config: ParityConfig) -> float:
+    """Return by what factor steps grow from 90% of chance's loss to 10%, as the median over the
+    widest network's subtasks and seeds that get there; NaN: none does."""
+    chance, factors = math.log(2), []
+    for (width, _), run in runs_of(rows, "width").items():
+        for i in range(config.num_subtasks) if width == max(config.widths) else ():
+            begin, end = (step_learnt(run, i, share * chance) for share in (0.9, 0.1))
+            if begin and end:
+                factors.append(end / begin)
+    return float(np.median(factors)) if factors else math.nan
 
 
 def power_law_exponent(x: Sequence[float], y: Sequence[float]) -> float:
