@@ -1,6 +1,6 @@
 """Change points of the studies' curves, and forecasts of their larger models, as tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,15 +13,24 @@ from llm.scaling.forecasts import Forecast, forecast, forecast_exact_match
 from llm.scaling.runs import NotIdentifiableError
 
 
-def changes_table(rows: Sequence[Row], *, x: str, measure: str, by: Key) -> Table:
+def changes_table(
+    rows: Sequence[Row],
+    *,
+    x: str,
+    measure: str,
+    by: Key,
+    others: Mapping[str, str] | None = None,
+) -> Table:
     """Return where each group's curve over log x changes, by metric; nats are taken as logs.
 
-    Over steps the points of a curve are one run each, and are drawn together.
+    `others` are columns beside the metrics of the measure, and what they are called. Over steps the
+    points of a curve are one run each, and are drawn together.
     """
+    columns = {f"{measure}/{metric}": title for metric, title in METRICS.items()} | (others or {})
     table = []
-    for metric, title in METRICS.items():
-        for group, (places, values) in curves(rows, x, f"{measure}/{metric}", by).items():
-            table.append((str(group), title, change_in_words(places, values, metric, x)))
+    for column, title in columns.items():
+        for group, (places, values) in curves(rows, x, column, by).items():
+            table.append((str(group), title, change_in_words(places, values, column, x)))
     caption = (
         f"A knee or step over log {x}, if no line, cubic, sigmoid or power law explains the curve "
         "as well (5% false alarms at most); in brackets its 95% interval."
@@ -29,11 +38,11 @@ def changes_table(rows: Sequence[Row], *, x: str, measure: str, by: Key) -> Tabl
     return Table(("Runs", "Metric", "Change point"), tuple(table), caption)
 
 
-def change_in_words(places: np.ndarray, values: np.ndarray, metric: str, x: str) -> str:
+def change_in_words(places: np.ndarray, values: np.ndarray, column: str, x: str) -> str:
     """Return the change point of one curve [X S], or why there is none to report."""
     kept = (places > 0) & ~np.isnan(values).all(axis=1)
     places, values = places[kept], values[kept]
-    if metric == "answer_nats":
+    if column.endswith("answer_nats"):
         values = np.log(np.maximum(values, 1e-6))
     if np.ptp(np.nanmean(values, axis=1)) < 1e-9:
         return "constant"

@@ -122,7 +122,8 @@ def describe_induction(config: InductionConfig, rows: Sequence[Row]) -> Findings
         "Model", "Seed", "Prefix matching", "Token accuracy", "Nats a token",
         "Prefix matching above 0.5 at step", "Nats below half of chance at step",
     )  # fmt: skip
-    changes = changes_table(rows, x="step", measure="repeat", by=by)
+    heads = {"heads/best_prefix_matching": "prefix matching"}
+    changes = changes_table(rows, x="step", measure="repeat", by=by, others=heads)
     section = Section("Induction heads", text, (Table(columns, tuple(table)), changes), figures)
     return Findings(section, summary)
 
