@@ -10,6 +10,7 @@ from llm.models.config import ComputeConfig, TransformerConfig
 from llm.models.transformer import Transformer, init_params, logical_axes
 from llm.parallel.config import MeshConfig
 from llm.parallel.mesh import make_mesh
+from llm.training.ahead import chip_memory
 from llm.training.config import OptimizerConfig, ScheduleConfig
 from llm.training.loss import make_causal_lm_loss
 from llm.training.members import Member, MemberRuns, member_of, members_mesh
@@ -163,3 +164,20 @@ def test_one_batch_for_all_is_the_same_batch_for_each():
 @pytest.mark.parametrize("members, devices, used", [(6, 8, 6), (6, 4, 3), (7, 4, 1), (16, 8, 8)])
 def test_as_many_devices_as_divide_the_members(members, devices, used):
     assert members_mesh(members, jax.devices()[:devices]).size == used
+
+
+def test_lowered_for_devices_it_is_the_step_that_runs():
+    optimizer = OptimizerConfig(learning_rate=1e-2, adam_learning_rate=1e-2)
+    init, axes = functools.partial(init_params, MODEL), logical_axes(MODEL)
+    runs = MemberRuns(MEMBERS, init, axes, LOSS, optimizer, SCHEDULE)
+    mesh = members_mesh(len(MEMBERS), jax.devices()[:6])
+    batch = stacked_batch([member.data_seed for member in MEMBERS], 0)
+    compiled = runs.make_step(mesh).lower(runs.abstract_state(mesh), batch).compile()
+    state = runs.init_state(mesh)
+    shapes = jax.tree.leaves(runs.abstract_state(mesh))
+    for ours, expected in zip(jax.tree.leaves(state), shapes, strict=True):
+        assert (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
+        assert ours.sharding.is_equivalent_to(expected.sharding, ours.ndim)
+    here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    rows = sum(x.nbytes for name, x in batch.items() if name != "cursor") // 6
+    assert chip_memory(compiled).state == pytest.approx(here + rows, rel=0.02)
