@@ -1,11 +1,19 @@
-"""Recipes of a tiny model's whole life, and entry points that are broken off or looked into."""
+"""A tiny model's whole life: its data, its recipes, and entry points broken off or looked into."""
+
+import json
+import pathlib
+
+import numpy as np
 
 RECIPES = """
 from configs import finetune_tiny, preference_tiny, pretrain_tiny, reward_tiny, rlhf_tiny
 from configs.dataclass_config import to_config_dict
+from configs.schema import ScalingConfig
 from llm.data.config import SourceConfig
 from llm.models.presets import from_depth
 from llm.rl.config import RewardConfig
+from llm.scaling.config import LadderConfig
+from llm.training.config import OptimizerConfig, ScheduleConfig
 
 FOLDER, LENGTH = {folder!r}, {length}
 
@@ -16,6 +24,8 @@ def source(name, **fields):
 
 
 def get_config(stage):
+    if stage == "scaling":
+        return scaling()
     config = globals()[stage]()
     config.run.log_every_steps = 1
     config.run.save_every_steps = 2
@@ -99,7 +109,51 @@ def rlhf_dynamic():
     config.ptx.cache_dir = FOLDER + "/cache"
     config.ptx.length_tokens, config.ptx.batch_sequences = LENGTH, 4
     return config
+
+
+def scaling():
+    common = dict(width_per_layer=16, head_dim=8, optimizer=OptimizerConfig(learning_rate=1e-2),
+                  schedule=ScheduleConfig(name="linear", warmup_steps=1))
+    config = to_config_dict(ScalingConfig(ladders={{
+        "rates": LadderConfig(depths=(1, 2), num_layers=1, tokens=(6000,),
+                              learning_rates=(1e-2, 3e-2), **common),
+        "single": LadderConfig(depths=(1,), tokens=(6000,), learning_rates=(1e-2,), **common),
+    }}))
+    config.data.sources = {{"text": source("text")}}
+    config.data.tokenizer.kind = "bytes"
+    config.data.cache_dir = FOLDER + "/cache"
+    config.data.length_tokens, config.data.batch_sequences = LENGTH, 4
+    config.num_evaluations = 4
+    config.run.log_every_steps = 1
+    config.run.save_every_steps = 2
+    return config
 """
+
+LENGTH = 48
+
+
+def write_life(folder: pathlib.Path) -> None:
+    """Write the data of every stage, and recipes.py for it."""
+    random = np.random.default_rng(0)
+    words = ["sun", "sea", "sky", "sand", "wind"]
+    with (folder / "text.jsonl").open("w") as file:
+        for _ in range(30):
+            file.write(json.dumps({"text": " ".join(random.choice(words, 40))}) + "\n")
+    with (folder / "pairs.jsonl").open("w") as file:
+        for i in range(40):
+            row = {"prompt": f"say {words[i % 5]}", "response": f"{words[i % 5]} {i}"}
+            file.write(json.dumps(row) + "\n")
+        file.write('{"prompt": "no answer"}\n')
+    with (folder / "feedback.jsonl").open("w") as file:
+        for i in range(24):
+            good, bad = words[i % 5], words[(i + 1) % 5]
+            row = {"prompt": f"say {i}", "chosen": f"{good} {i}", "rejected": f"{bad}"}
+            file.write(json.dumps(row) + "\n")
+        for answers in (("same", "same"), ("sun", "x" * 40)):
+            row = dict(zip(("prompt", "chosen", "rejected"), ("say", *answers), strict=True))
+            file.write(json.dumps(row) + "\n")
+    (folder / "recipes.py").write_text(RECIPES.format(folder=str(folder), length=LENGTH))
+
 
 CONFIGS = {
     "finetune": "FinetuneConfig",

@@ -34,13 +34,12 @@ from llm.training.metrics import read_metrics
 from tests.e2e.life import (
     AFTER_TWO_STEPS,
     BETWEEN_ROLLOUT_AND_UPDATE,
-    RECIPES,
     WATCH_COMPILATIONS,
     module_of,
     patched,
+    write_life,
 )
 
-LENGTH = 48
 ENVIRONMENT = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2")}
 
 
@@ -56,25 +55,7 @@ def run(module, *arguments, expect=0, code=None):
 def folder(tmp_path_factory):
     """A directory with data of every stage, recipes for it, and a pretrained model of bytes."""
     folder = tmp_path_factory.mktemp("life")
-    random = np.random.default_rng(0)
-    words = ["sun", "sea", "sky", "sand", "wind"]
-    with (folder / "text.jsonl").open("w") as file:
-        for _ in range(30):
-            file.write(json.dumps({"text": " ".join(random.choice(words, 40))}) + "\n")
-    with (folder / "pairs.jsonl").open("w") as file:
-        for i in range(40):
-            row = {"prompt": f"say {words[i % 5]}", "response": f"{words[i % 5]} {i}"}
-            file.write(json.dumps(row) + "\n")
-        file.write('{"prompt": "no answer"}\n')
-    with (folder / "feedback.jsonl").open("w") as file:
-        for i in range(24):
-            good, bad = words[i % 5], words[(i + 1) % 5]
-            row = {"prompt": f"say {i}", "chosen": f"{good} {i}", "rejected": f"{bad}"}
-            file.write(json.dumps(row) + "\n")
-        for answers in (("same", "same"), ("sun", "x" * 40)):
-            row = dict(zip(("prompt", "chosen", "rejected"), ("say", *answers), strict=True))
-            file.write(json.dumps(row) + "\n")
-    (folder / "recipes.py").write_text(RECIPES.format(folder=str(folder), length=LENGTH))
+    write_life(folder)
     run("pretrain", *recipe(folder, "pretrain"), f"--workdir={folder / 'pretrain'}")
     return folder
 
