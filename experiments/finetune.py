@@ -26,6 +26,7 @@ from llm.scaling.accounting import training_flops_per_token
 from llm.scaling.hardware import peak_flops
 from llm.training.loss import make_causal_lm_loss
 from llm.training.optimizers import make_optimizer
+from llm.training.replay import replayed
 from llm.training.run import Run
 from llm.training.run_config import check_config
 from llm.training.schedules import make_schedule
@@ -83,6 +84,7 @@ def finetune(config: FinetuneConfig, workdir: str) -> None:
         accumulate_steps=config.accumulate_steps,
         rates=rates,
     )
+    train_step = replayed(train_step, config.run.replay_every_steps)
     chat = any(source.format != "text" for source in config.data.sources.values())
     evaluate = make_evaluation(config, model, mesh, tokenizer, prepared.validation, chat=chat)
 

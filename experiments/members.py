@@ -23,6 +23,7 @@ from llm.models.transformer import Transformer, init_params, logical_axes
 from llm.scaling.accounting import training_flops_per_token
 from llm.training.loss import make_causal_lm_loss
 from llm.training.members import Member, MemberRuns, members_mesh
+from llm.training.replay import replayed
 from llm.training.run import Run
 from llm.training.schedules import make_schedule
 from llm.training.state import TrainState, averaged_params
@@ -87,7 +88,7 @@ def train_members(
     A member whose gradient is not finite is left where it was, and the run gives up when all are.
     """
     mesh = members_mesh(len(runs.members))
-    train_step = runs.make_step(mesh)
+    train_step = replayed(runs.make_step(mesh), run.run_config.replay_every_steps)
     with run:
         state = runs.init_state(mesh)
 

@@ -25,6 +25,7 @@ from llm.rl.models import Models
 from llm.training.digests import tree_digest
 from llm.training.optimizers import make_optimizer
 from llm.training.preference_loss import make_preference_loss, make_reference_step
+from llm.training.replay import replayed
 from llm.training.run import Run
 from llm.training.run_config import check_config
 from llm.training.schedules import make_schedule
@@ -78,6 +79,7 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
         rates=rates,
         count="prompts",
     )
+    train_step = replayed(train_step, config.run.replay_every_steps)
     score = jax.jit(lambda params, batch: loss_fn(params, batch, None)[1])
 
     # Run

@@ -30,6 +30,7 @@ from llm.parallel.mesh import make_mesh, start_distributed
 from llm.training.files import write_atomically
 from llm.training.optimizers import make_optimizer
 from llm.training.preference_loss import make_reward_loss, response_scores
+from llm.training.replay import replayed
 from llm.training.run import Run
 from llm.training.run_config import check_config
 from llm.training.schedules import make_schedule
@@ -82,6 +83,7 @@ def train_reward(config: RewardModelConfig, workdir: str) -> None:
         rates=rates,
         count="prompts",
     )
+    train_step = replayed(train_step, config.run.replay_every_steps)
     score_step = make_score_step(model, mesh)
 
     # Run

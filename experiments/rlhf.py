@@ -39,6 +39,7 @@ from llm.rl.state import init_controllers, rl_shardings, with_controllers
 from llm.training.digests import tree_digest
 from llm.training.loss import make_causal_lm_loss
 from llm.training.optimizers import make_optimizer
+from llm.training.replay import replayed
 from llm.training.run import Run
 from llm.training.run_config import check_config
 from llm.training.schedules import make_schedule
@@ -106,6 +107,7 @@ def rlhf(
         accumulate_steps=config.accumulate_steps,
         tile_tokens=config.loss_tile_tokens,
     )
+    learn = replayed(learn, config.run.replay_every_steps)
 
     # Run
     run = Run(

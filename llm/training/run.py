@@ -66,7 +66,7 @@ class Run:
         self.step = 0  # optimizer steps done
         self.total_steps = total_steps
         self._config = config
-        self._run_config = run_config
+        self.run_config = run_config
         self._tokens_per_step = tokens_per_step
         self._step_flops = (flops_per_token or 0.0) * tokens_per_step
         self._peak_flops = peak_flops
@@ -89,7 +89,7 @@ class Run:
         Raises:
           WorkdirInUseError: another run is going on in the workdir.
         """
-        run_config = self._run_config
+        run_config = self.run_config
         if run_config.save_every_seconds is not None and jax.process_count() > 1:
             raise ValueError(
                 f"run.save_every_seconds={run_config.save_every_seconds}: the clocks of "
@@ -239,7 +239,7 @@ class Run:
             return
         (step, metrics), self._pending = self._pending, None
         values = {name: to_float(name, x) for name, x in jax.device_get(dict(metrics)).items()}
-        if step % self._run_config.log_every_steps == 0 or step in (1, self.total_steps):
+        if step % self.run_config.log_every_steps == 0 or step in (1, self.total_steps):
             seconds = self._throughput.end_interval()
             if self._primary:
                 # What a stage measures itself stands: not all of its positions are tokens, perhaps.
@@ -255,10 +255,10 @@ class Run:
                 mfu=speed.get("perf/mfu"),
             )
         skipped = values.get(_SKIPPED, 0)
-        if skipped >= self._run_config.max_skipped_in_a_row:
+        if skipped >= self.run_config.max_skipped_in_a_row:
             raise NonFiniteError(
                 f"{skipped} steps in a row up to step {step} had no finite loss or gradient "
-                f"(run.max_skipped_in_a_row={self._run_config.max_skipped_in_a_row}). The "
+                f"(run.max_skipped_in_a_row={self.run_config.max_skipped_in_a_row}). The "
                 "parameters are those before them: lower the learning rate, or look at the data"
             )
 
@@ -274,7 +274,7 @@ class Run:
         return {name: float(f"{value:.4g}") for name, value in speed.items()}
 
     def _save_is_due(self) -> bool:
-        run_config = self._run_config
+        run_config = self.run_config
         if self.step >= self.total_steps:
             return True
         if run_config.save_every_steps and self.step % run_config.save_every_steps == 0:

@@ -29,6 +29,7 @@ class RunConfig:
     keep_newest_checkpoints: int = 3
     keep_every_steps: int = 0  # checkpoints at its multiples stay for ever; 0: none do
     max_skipped_in_a_row: int = 10  # steps without a finite gradient before the run gives up
+    replay_every_steps: int = 0  # take a step twice and compare the bits; 0: never
     profile_start_step: int = 10  # of this process: past compilation and the first steps
     profile_num_steps: int = 0  # 0: no profile; else a trace is written to workdir/profile
     allow_config_change: bool = False  # resume a workdir of another config; recorded in it
@@ -39,7 +40,8 @@ class RunConfig:
                      "profile_start_step"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("save_every_steps", "keep_every_steps", "profile_num_steps"):
+        for name in ("save_every_steps", "keep_every_steps", "profile_num_steps",
+                     "replay_every_steps"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"run.{name}={getattr(self, name)}: must not be negative")
         if self.save_every_seconds is not None and self.save_every_seconds <= 0:

@@ -156,6 +156,7 @@ def write_life(folder: pathlib.Path) -> None:
 
 
 CONFIGS = {
+    "pretrain": "PretrainConfig",
     "finetune": "FinetuneConfig",
     "reward": "RewardModelConfig",
     "preference": "DirectPreferenceConfig",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from llm.training.manifests import LEDGER, list_steps, read_ledger
 from llm.training.metrics import TEXTS, read_metrics
-from tests.e2e.life import module_of, write_life
+from tests.e2e.life import module_of, patched, write_life
 
 # Each begins with what the one before has made.
 STAGES = ("pretrain", "finetune", "reward", "preference", "rlhf", "rlhf_dynamic", "scaling")
@@ -27,10 +27,14 @@ class Kill(NamedTuple):
     committed_step: int
 
 
-def start(stage: str, folder: pathlib.Path, workdir: pathlib.Path, *flags: str):
-    """Start a stage of the life in `folder`."""
+def start(
+    stage: str, folder: pathlib.Path, workdir: pathlib.Path, *flags: str, patch: str | None = None
+) -> subprocess.Popen:
+    """Start a stage of the life in `folder`; `patch` is code that breaks something in it first."""
+    module = ["-m", f"experiments.{module_of(stage)}"]
+    entry = module if patch is None else ["-c", patched(stage, patch)]
     arguments = (f"--config={folder / 'recipes.py'}:{stage}", f"--workdir={workdir}", *flags)
-    command = [sys.executable, "-m", f"experiments.{module_of(stage)}", *arguments]
+    command = [sys.executable, *entry, *arguments]
     one_device = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "").replace("count=8", "count=1")}
     return subprocess.Popen(
         command,

@@ -1,0 +1,71 @@
+"""The real pretraining entry point under faults: it ends bitwise where the unbroken run does.
+
+benchmarks/faults.py kills every stage, more than a hundred times.
+"""
+
+import random
+import time
+
+import pytest
+
+from llm.training.manifests import list_steps
+from tests.faults.harness import (
+    SAVE_EVERY_STEPS,
+    finish,
+    make_life,
+    outcome,
+    run_with_kills,
+    start,
+)
+
+FLAGS = ("--config.total_steps=24", "--config.run.replay_every_steps=6")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("life")
+    make_life(folder, {"pretrain": FLAGS})
+    return folder
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_times(folder):
+    seed = time.time_ns()
+    print("seed", seed)
+    workdir = folder / "pretrain_killed"
+    kills = run_with_kills("pretrain", folder, workdir, random.Random(seed), 3, *FLAGS)
+    assert kills
+    assert outcome(workdir) == outcome(folder / "pretrain")
+    # One interval, and while a save is under way the one before it.
+    assert all(k.logged_step - k.committed_step <= 2 * SAVE_EVERY_STEPS for k in kills)
+
+
+FLIP_A_BIT_OF_A_GRADIENT_ONCE = """
+import jax, jax.numpy as jnp, numpy as np
+import llm.training.step as s
+real, calls = s.accumulate, []
+def count_and_flip(x):
+    calls.append(1)
+    flipped = np.array(x)
+    if len(calls) == 7:  # of step 6 the second time
+        flipped.view(np.uint32).reshape(-1)[3] ^= np.uint32(1 << 20)
+    return flipped
+def faulty(loss_fn, params, batch, key, accumulate_steps):
+    grads, objective, sums = real(loss_fn, params, batch, key, accumulate_steps)
+    leaves, tree = jax.tree.flatten(grads)
+    shape = jax.ShapeDtypeStruct(leaves[0].shape, leaves[0].dtype)
+    leaves[0] = jax.pure_callback(count_and_flip, shape, leaves[0])
+    return jax.tree.unflatten(tree, leaves), objective, sums
+s.accumulate = faulty
+"""
+
+
+@pytest.mark.slow
+def test_a_bit_of_a_gradient_flipped_once_names_the_step(folder):
+    workdir = folder / "pretrain_flipped"
+    child = start("pretrain", folder, workdir, *FLAGS, patch=FLIP_A_BIT_OF_A_GRADIENT_ONCE)
+    said = " ".join(finish(child, expect=2).split())
+    assert "step 6 was taken twice and differs" in said and "state/params/" in said
+    assert list_steps(workdir)[-1] == 4
+    finish(start("pretrain", folder, workdir, *FLAGS))
+    assert outcome(workdir) == outcome(folder / "pretrain")
