@@ -2,6 +2,7 @@
 and nothing is restored that does not agree with it to the bit."""
 
 import concurrent.futures
+import contextlib
 import logging
 import threading
 import time
@@ -160,6 +161,10 @@ class Checkpointer:
         return self.directory / str(step)
 
     def _failure(self, error: Exception) -> CheckpointError:
+        """Return what to raise, and remove what the failed save has left: it takes room."""
+        if jax.process_count() == 1:  # with several the next restore does it, when all agree
+            with contextlib.suppress(OSError):
+                self._remove_unfinished()
         good = list_steps(self.workdir)
         return CheckpointError(
             f"saving step {self._saving_step} to {self.directory} failed: {error!r}. "

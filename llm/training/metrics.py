@@ -1,22 +1,30 @@
 """Writes metrics: metrics.jsonl, TensorBoard events, and Weights & Biases where asked for.
 On a resume the logs are cut where the restored step's were, so that no line is lost or doubled."""
 
+import contextlib
 import json
+import logging
 import math
 import os
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from llm.training.files import fsync, read_json_lines, write_atomically
+from llm.training.tensorboard import EventLog
 
 METRICS = "metrics.jsonl"
 TEXTS = "texts.jsonl"
 TENSORBOARD = "tensorboard"
 _WANDB_ID = "wandb_id.txt"
+
+log = logging.getLogger(__name__)
+
+
+class LogError(RuntimeError):
+    """A log of the run cannot be written."""
 
 
 def to_float(name: str, value: Any) -> float | int:
@@ -60,6 +68,8 @@ class JsonLog:
     def __init__(self, path: epath.Path):
         self._path = path
         self._stream = None
+        self._size_bytes = 0  # of the whole lines in the file
+        self._unwritten = b""  # lines that a full disk has refused
 
     def open(self, step: int, size_bytes: int | None) -> None:
         """Open for writing, cut to what was written up to a step.
@@ -75,24 +85,48 @@ class JsonLog:
             )
             if kept != content:
                 write_atomically(self._path, kept.decode())
-        self._stream = self._path.open("ab")
+        self._stream = open(os.fspath(self._path), "ab", buffering=0)
+        self._size_bytes = self._stream.tell()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add a line, at once: a killed process loses none that it has written."""
+        """Add a line, at once: a killed process loses none that it has written.
+
+        Raises:
+          OSError: the disk is full, perhaps. The line is kept and written with the next one.
+        """
         row = {"step": step} | {name: encode(value) for name, value in values.items()}
-        line = json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
-        self._stream.write(line.encode())
-        self._stream.flush()
+        self._unwritten += json.dumps(row, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the lines that could not be written before.
+
+        Raises:
+          OSError: they cannot be written now either.
+        """
+        written = 0
+        try:
+            while written < len(self._unwritten):
+                written += self._stream.write(self._unwritten[written:])
+        except OSError:
+            os.ftruncate(self._stream.fileno(), self._size_bytes)  # no torn line stays
+            raise
+        self._size_bytes += written
+        self._unwritten = b""
 
     def sync(self) -> int:
         """Bring the lines to the disk itself and return the file's size in bytes."""
+        self.flush()
         fsync(self._path)
-        return self._stream.tell()
+        return self._size_bytes
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         if self._stream is not None:
-            self._stream.close()
+            stream, self._stream = self._stream, None
+            stream.close()
+            if self._unwritten:
+                raise LogError(f"{self._path} lacks its last lines: they could not be written")
 
 
 def _step_of(line: bytes) -> float | int:
@@ -103,10 +137,14 @@ def _step_of(line: bytes) -> float | int:
 
 
 class MetricsWriter:
-    """Writes numbers and texts by name and step. Only the first process of a run has one."""
+    """Writes numbers and texts by name and step. Only the first process of a run has one.
 
-    def __init__(self, workdir: epath.PathLike, *, wandb_project: str = ""):
-        self._workdir = epath.Path(workdir)
+    With `patient` a log that cannot be written is a warning: lines wait in memory for a disk with
+    room. TensorBoard's events do not wait; they go on at the next start.
+    """
+
+    def __init__(self, workdir: epath.PathLike, *, wandb_project: str = "", patient: bool = False):
+        self._workdir, self._patient = epath.Path(workdir), patient
         self._logs = {name: JsonLog(self._workdir / name) for name in (METRICS, TEXTS)}
         self._wandb_project = wandb_project
         self._tensorboard = None
@@ -117,50 +155,69 @@ class MetricsWriter:
 
         None begins the logs anew: there is no checkpoint, so what they hold will come again.
         """
-        from tensorboardX import SummaryWriter  # slow to import, and only runs need it
-
         for name, json_log in self._logs.items():
             json_log.open(step, 0 if sizes_bytes is None else sizes_bytes.get(name))
-        directory = self._workdir / TENSORBOARD
-        # TensorBoard hides what an earlier process wrote at this step or later.
-        purge_step = step + 1 if directory.exists() else None
-        # The library names its files by the second: a quick restart would overwrite the last one.
-        suffix = f".{time.time_ns()}"
-        self._tensorboard = SummaryWriter(
-            os.fspath(directory), purge_step=purge_step, filename_suffix=suffix
-        )
+        self._tensorboard = EventLog(self._workdir / TENSORBOARD, step)
         if self._wandb_project:
             self._wandb = _start_wandb(self._workdir, self._wandb_project, config)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line of numbers."""
+        """Write one line of numbers.
+
+        Raises:
+          LogError: it cannot be written, and the writer is not patient.
+        """
         numbers = {name: to_float(name, value) for name, value in values.items()}
-        self._logs[METRICS].write(step, numbers)
-        for name, number in numbers.items():
-            self._tensorboard.add_scalar(name, number, step)
+        self._attempt(lambda: self._logs[METRICS].write(step, numbers))
+        self._to_tensorboard(lambda log: log.write(step, numbers))
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Write one line of texts, such as samples, to texts.jsonl and TensorBoard."""
-        self._logs[TEXTS].write(step, texts)
-        for name, text in texts.items():
-            self._tensorboard.add_text(name, text, step)
+        self._attempt(lambda: self._logs[TEXTS].write(step, texts))
+        self._to_tensorboard(lambda log: log.write_texts(step, texts))
 
     def sync(self) -> dict[str, int]:
-        """Bring everything written to the disk; return the size of each log in bytes."""
-        return {name: json_log.sync() for name, json_log in self._logs.items()}
+        """Bring everything written to the disk; return the size of each log in bytes.
+
+        Raises:
+          LogError: something cannot be written.
+        """
+        try:
+            return {name: json_log.sync() for name, json_log in self._logs.items()}
+        except OSError as error:
+            raise LogError(f"a log in {self._workdir} cannot be written: {error}") from error
 
     def close(self) -> None:
         """Flush and close; a second call does nothing."""
-        for json_log in self._logs.values():
-            json_log.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        with contextlib.ExitStack() as stack:
+            for json_log in self._logs.values():
+                stack.callback(json_log.close)
+            if self._tensorboard is not None:
+                self._to_tensorboard(lambda log: log.close())
+                self._tensorboard = None
+            if self._wandb is not None:
+                self._wandb.finish()
+                self._wandb = None
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            text = f"a log in {self._workdir} cannot be written: {error}"
+            if not self._patient:
+                raise LogError(text) from error
+            log.warning("%s; its lines wait for room", text)
+
+    def _to_tensorboard(self, write: Callable[[EventLog], None]) -> None:
+        if self._tensorboard is None:
+            return
+        try:
+            write(self._tensorboard)
+        except OSError as error:
+            log.warning("TensorBoard's events stop until the next start: %s", error)
             self._tensorboard = None
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
 
 
 def _start_wandb(workdir: epath.Path, project: str, config: Any):

@@ -4,16 +4,16 @@ Only composes the pieces beside it; the loop, evaluation and sampling stay in th
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
-from llm.training.checkpoints import Checkpointer
+from llm.training.checkpoints import Checkpointer, CheckpointError
 from llm.training.files import absolute
 from llm.training.lock import Lock
-from llm.training.metrics import MetricsWriter, to_float
+from llm.training.metrics import LogError, MetricsWriter, to_float
 from llm.training.preemption import EXIT_CODE, Preemption
 from llm.training.profiling import ProfileWindow
 from llm.training.progress import Progress, Throughput
@@ -105,7 +105,11 @@ class Run:
                 record_config(self.workdir, self._config, self._config_changes)
             self._preemption.start(jax.process_count())
             stack.callback(self._preemption.stop)
-            self._metrics = MetricsWriter(self.workdir, wandb_project=run_config.wandb_project)
+            self._metrics = MetricsWriter(
+                self.workdir,
+                wandb_project=run_config.wandb_project,
+                patient=run_config.go_on_after_failed_save,
+            )
             stack.callback(self._metrics.close)
             stack.callback(self._progress.close)
             self._checkpointer = Checkpointer(
@@ -176,7 +180,9 @@ class Run:
         waits for the devices.
 
         Raises:
-          CheckpointError: a save failed, this one or an earlier one in the background.
+          CheckpointError: a save failed, this one or an earlier one in the background, and
+            run.go_on_after_failed_save is not set.
+          LogError: a log could not be written, likewise.
           NonFiniteError: max_skipped_in_a_row steps had no finite loss or gradient.
           SystemExit: code 75, after a signal, when this step is safe on disk.
         """
@@ -184,7 +190,7 @@ class Run:
             raise RuntimeError("run.after_step was called before run.restore; restore comes first")
         self._state = None
         self._commit(body_done=True)
-        self._checkpointer.check()
+        self._tolerate(self._checkpointer.check)
         self.step += 1
         self._body_done = False
         self._preemption.armed = True
@@ -198,7 +204,7 @@ class Run:
             self.say(f"profile written to {self.workdir / 'profile'}")
         self._state = state
         if self._save_is_due():
-            self._save()
+            self._tolerate(self._save)
         self._leave_if_asked(self._preemption.requested(self.step))
         return state
 
@@ -273,6 +279,16 @@ class Run:
             speed["perf/mfu"] = self._step_flops / seconds_per_step / self._peak_flops
         return {name: float(f"{value:.4g}") for name, value in speed.items()}
 
+    def _tolerate(self, save: Callable[[], None]) -> None:
+        """Save or look after a save; where it failed and more steps follow, go on if so asked."""
+        try:
+            save()
+        except (CheckpointError, LogError) as error:
+            if not self.run_config.go_on_after_failed_save or self.step >= self.total_steps:
+                raise
+            self._last_save_time = time.monotonic()
+            self.say(f"NOT SAVED: {error} Training goes on (run.go_on_after_failed_save).")
+
     def _save_is_due(self) -> bool:
         run_config = self.run_config
         if self.step >= self.total_steps:
@@ -301,7 +317,12 @@ class Run:
     def _commit(self, *, body_done: bool) -> None:
         """Let the step saved last become valid, with the logs as long as they are to be kept."""
         if body_done and self._primary and self._saved_step == self.step and self._saved_sizes:
-            self._saved_sizes = self._metrics.sync()
+            try:
+                self._saved_sizes = self._metrics.sync()
+            except LogError:
+                if not self.run_config.go_on_after_failed_save:
+                    raise
+                body_done = False  # a run that goes on from this step will do it again
         self._checkpointer.commit({"body_done": body_done, "log_bytes": self._saved_sizes})
 
     def _leave_if_asked(self, asked: bool) -> None:

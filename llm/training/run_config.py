@@ -28,6 +28,7 @@ class RunConfig:
     save_every_seconds: float | None = None  # as well; on a single process
     keep_newest_checkpoints: int = 3
     keep_every_steps: int = 0  # checkpoints at its multiples stay for ever; 0: none do
+    go_on_after_failed_save: bool = False  # full disk: warn, train on, try again when a save is due
     max_skipped_in_a_row: int = 10  # steps without a finite gradient before the run gives up
     replay_every_steps: int = 0  # take a step twice and compare the bits; 0: never
     profile_start_step: int = 10  # of this process: past compilation and the first steps

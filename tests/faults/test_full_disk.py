@@ -1,0 +1,93 @@
+"""A disk that fills up during a save: the last checkpoint stays, and training goes on if asked."""
+
+import subprocess
+import time
+
+import pytest
+
+from llm.training.loading import verify
+from llm.training.manifests import list_steps
+from llm.training.metrics import read_metrics
+from tests.faults.harness import finish, make_life, outcome, start
+
+STEPS = "--config.total_steps=160"
+GO_ON = "--config.run.go_on_after_failed_save=True"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few megabytes; only root may make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)])
+    if made.returncode:
+        pytest.skip("no right to mount a small file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("life")
+    make_life(folder, {"pretrain": (STEPS, GO_ON)})
+    return folder
+
+
+def fill(disk):
+    """Take all the room there is."""
+    with (disk / "filler").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"0" * 4096)
+        except OSError:
+            pass
+
+
+def wait_for(ready, child):
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert child.poll() is None, child.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_without_being_asked_to_go_on_it_ends_loudly(small_disk, folder):
+    workdir = small_disk / "run"
+    child = start("pretrain", folder, workdir, STEPS)
+    wait_for(lambda: len(list_steps(workdir)) > 1, child)
+    fill(small_disk)
+    said = " ".join(finish(child, expect=2).split())
+    assert "No space left on device" in said
+    (small_disk / "filler").unlink()
+    newest = verify(workdir)[-1]
+    assert newest.problems == ()
+    # With room again it goes on, and ends where the unbroken run does.
+    finish(start("pretrain", folder, workdir, STEPS))
+    assert digests(workdir)[160] == digests(folder / "pretrain")[160]
+
+
+@pytest.mark.slow
+def test_asked_to_go_on_it_trains_and_saves_when_there_is_room(small_disk, folder):
+    workdir = small_disk / "run"
+    child = start("pretrain", folder, workdir, STEPS, GO_ON)
+    wait_for(lambda: len(list_steps(workdir)) > 1, child)
+    fill(small_disk)
+    last = list_steps(workdir)[-1]
+    time.sleep(1.0)
+    (small_disk / "filler").unlink()
+    said = " ".join(finish(child).split())
+    assert "NOT SAVED" in said and "No space left on device" in said
+    assert list_steps(workdir)[-1] == 160
+    ours, unbroken = digests(workdir), digests(folder / "pretrain")
+    assert last in ours and len(ours) < len(unbroken)
+    assert ours.items() <= unbroken.items()
+    # Not a line of the metrics is missing: they waited in memory.
+    without_speed = [
+        [{k: x for k, x in row.items() if not k.startswith("perf/")} for row in read_metrics(run)]
+        for run in (workdir, folder / "pretrain")
+    ]
+    assert without_speed[0] == without_speed[1]
+
+
+def digests(workdir):
+    return {row["step"]: row["state_digest"] for row in outcome(workdir)[".: ledger"]}
