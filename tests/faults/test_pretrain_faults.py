@@ -4,11 +4,13 @@ benchmarks/faults.py kills every stage, more than a hundred times.
 """
 
 import random
+import signal
 import time
 
 import pytest
 
 from llm.training.manifests import list_steps
+from llm.training.metrics import read_metrics
 from tests.faults.harness import (
     SAVE_EVERY_STEPS,
     finish,
@@ -38,6 +40,39 @@ def test_kill_9_at_random_times(folder):
     assert outcome(workdir) == outcome(folder / "pretrain")
     # One interval, and while a save is under way the one before it.
     assert all(k.logged_step - k.committed_step <= 2 * SAVE_EVERY_STEPS for k in kills)
+
+
+SLOW_SAVES = """
+import time, llm.training.manifests as m
+real = m.hash_files
+def slow(*arguments, **options):
+    time.sleep(0.7)
+    return real(*arguments, **options)
+m.hash_files = slow
+"""
+
+
+@pytest.mark.slow
+def test_more_signals_in_the_middle_of_the_last_save_are_safe(folder):
+    workdir = folder / "pretrain_preempted"
+    child = start("pretrain", folder, workdir, *FLAGS, patch=SLOW_SAVES)
+    while child.poll() is None and len(read_metrics(workdir)) < 3:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGINT):  # saving takes more than twice as long
+        time.sleep(0.3)
+        child.send_signal(number)
+    said = finish(child, expect=75)
+    assert "already saving" in said
+    step = read_metrics(workdir)[-1]["step"]
+    assert list_steps(workdir)[-1] == step and f"step {step} is saved" in said
+    finish(start("pretrain", folder, workdir, *FLAGS))
+    odd = {row["step"] for row in outcome(workdir)[".: ledger"]} - set(range(0, 25, 2))
+    ours, unbroken = outcome(workdir), outcome(folder / "pretrain")
+    # The step that was saved on the way out is one more, where saves are at even steps.
+    assert odd <= {step}
+    ours[".: ledger"] = [row for row in ours[".: ledger"] if row["step"] not in odd]
+    assert ours == unbroken
 
 
 FLIP_A_BIT_OF_A_GRADIENT_ONCE = """
