@@ -84,6 +84,7 @@ class Checkpointer:
         self._saving_step, self._notes = step, dict(notes or {})
         self._committed.clear()
         try:
+            self._probe()
             self._orbax.save(self._path(step), args=ocp.args.PyTreeSave(nest(named)))
         except Exception as error:
             raise self._failure(error) from error
@@ -156,6 +157,13 @@ class Checkpointer:
                 f"them is good. To start over from step 0, move {LEDGER} and {CHECKPOINTS}/ away"
             )
         return None
+
+    def _probe(self) -> None:
+        """Raise at once where no directory can be made: Orbax would wait for it for minutes."""
+        if jax.process_index() == 0:
+            probe = self.directory / f"{_DELETED}probe"
+            probe.mkdir(parents=True, exist_ok=True)
+            probe.rmdir()
 
     def _path(self, step: int) -> epath.Path:
         return self.directory / str(step)

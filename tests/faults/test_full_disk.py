@@ -1,5 +1,7 @@
-"""A disk that fills up during a save: the last checkpoint stays, and training goes on if asked."""
+"""A disk that fills up, or a directory that becomes read-only, during a run: the last checkpoint
+stays, and training goes on if asked."""
 
+import contextlib
 import subprocess
 import time
 
@@ -10,7 +12,7 @@ from llm.training.manifests import list_steps
 from llm.training.metrics import read_metrics
 from tests.faults.harness import finish, make_life, outcome, start
 
-STEPS = "--config.total_steps=160"
+STEPS = ("--config.total_steps=160", "--config.run.save_every_steps=8")
 GO_ON = "--config.run.go_on_after_failed_save=True"
 
 
@@ -29,18 +31,26 @@ def small_disk(tmp_path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("life")
-    make_life(folder, {"pretrain": (STEPS, GO_ON)})
+    make_life(folder, {"pretrain": (*STEPS, GO_ON)})
     return folder
 
 
-def fill(disk):
+@contextlib.contextmanager
+def full(disk, workdir):
     """Take all the room there is."""
-    with (disk / "filler").open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(b"0" * 4096)
-        except OSError:
-            pass
+    with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"0" * 4096)
+    yield "No space left on device"
+    (disk / "filler").unlink()
+
+
+@contextlib.contextmanager
+def read_only(disk, workdir):
+    """Let nothing be made or removed among the checkpoints, not even by root."""
+    subprocess.run(["chattr", "+i", str(workdir / "checkpoints")], check=True)
+    yield "Operation not permitted"
+    subprocess.run(["chattr", "-i", str(workdir / "checkpoints")], check=True)
 
 
 def wait_for(ready, child):
@@ -53,30 +63,29 @@ def wait_for(ready, child):
 
 def test_without_being_asked_to_go_on_it_ends_loudly(small_disk, folder):
     workdir = small_disk / "run"
-    child = start("pretrain", folder, workdir, STEPS)
+    child = start("pretrain", folder, workdir, *STEPS)
     wait_for(lambda: len(list_steps(workdir)) > 1, child)
-    fill(small_disk)
-    said = " ".join(finish(child, expect=2).split())
-    assert "No space left on device" in said
-    (small_disk / "filler").unlink()
+    with full(small_disk, workdir) as reason:
+        said = " ".join(finish(child, expect=2).split())
+    assert reason in said
     newest = verify(workdir)[-1]
     assert newest.problems == ()
     # With room again it goes on, and ends where the unbroken run does.
-    finish(start("pretrain", folder, workdir, STEPS))
+    finish(start("pretrain", folder, workdir, *STEPS))
     assert digests(workdir)[160] == digests(folder / "pretrain")[160]
 
 
 @pytest.mark.slow
-def test_asked_to_go_on_it_trains_and_saves_when_there_is_room(small_disk, folder):
+@pytest.mark.parametrize("fault", [full, read_only])
+def test_asked_to_go_on_it_trains_and_saves_when_it_can_again(small_disk, folder, fault):
     workdir = small_disk / "run"
-    child = start("pretrain", folder, workdir, STEPS, GO_ON)
+    child = start("pretrain", folder, workdir, *STEPS, GO_ON)
     wait_for(lambda: len(list_steps(workdir)) > 1, child)
-    fill(small_disk)
-    last = list_steps(workdir)[-1]
-    time.sleep(1.0)
-    (small_disk / "filler").unlink()
+    with fault(small_disk, workdir) as reason:
+        last = list_steps(workdir)[-1]
+        time.sleep(1.0)
     said = " ".join(finish(child).split())
-    assert "NOT SAVED" in said and "No space left on device" in said
+    assert "NOT SAVED" in said and reason in said
     assert list_steps(workdir)[-1] == 160
     ours, unbroken = digests(workdir), digests(folder / "pretrain")
     assert last in ours and len(ours) < len(unbroken)
