@@ -12,7 +12,7 @@ from llm.training.manifests import list_steps
 from llm.training.metrics import read_metrics
 from tests.faults.harness import finish, make_life, outcome, start
 
-STEPS = ("--config.total_steps=160", "--config.run.save_every_steps=8")
+STEPS = ("--config.total_steps=120", "--config.run.save_every_steps=8")
 GO_ON = "--config.run.go_on_after_failed_save=True"
 
 
@@ -72,7 +72,7 @@ def test_without_being_asked_to_go_on_it_ends_loudly(small_disk, folder):
     assert newest.problems == ()
     # With room again it goes on, and ends where the unbroken run does.
     finish(start("pretrain", folder, workdir, *STEPS))
-    assert digests(workdir)[160] == digests(folder / "pretrain")[160]
+    assert digests(workdir)[120] == digests(folder / "pretrain")[120]
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_asked_to_go_on_it_trains_and_saves_when_it_can_again(small_disk, folder
         time.sleep(1.0)
     said = " ".join(finish(child).split())
     assert "NOT SAVED" in said and reason in said
-    assert list_steps(workdir)[-1] == 160
+    assert list_steps(workdir)[-1] == 120
     ours, unbroken = digests(workdir), digests(folder / "pretrain")
     assert last in ours and len(ours) < len(unbroken)
     assert ours.items() <= unbroken.items()

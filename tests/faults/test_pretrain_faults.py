@@ -35,7 +35,7 @@ def test_kill_9_at_random_times(folder):
     seed = time.time_ns()
     print("seed", seed)
     workdir = folder / "pretrain_killed"
-    kills = run_with_kills("pretrain", folder, workdir, random.Random(seed), 3, *FLAGS)
+    kills = run_with_kills("pretrain", folder, workdir, random.Random(seed), 2, *FLAGS)
     assert kills
     assert outcome(workdir) == outcome(folder / "pretrain")
     # One interval, and while a save is under way the one before it.
