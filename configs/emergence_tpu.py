@@ -2,8 +2,8 @@
 
     python -m experiments.emergence --config=configs/emergence_tpu.py --workdir=gs://BUCKET/emergence
 
-Runs of one shape spread over the chips, one or some a chip, so that 32 seeds take a chip's time of
-one: narrow intervals where the smaller recipes have three or eight. Compiled for v5p:4x4x4 without
+Runs of one shape spread over the chips, one or some a chip: narrow intervals where the smaller
+recipes have three, five or eight seeds. Compiled for v5p:4x4x4 without
 one (benchmarks/compile_ahead.py; benchmarks/RESULTS.md has the memory); not run.
 """
 

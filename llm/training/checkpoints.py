@@ -22,7 +22,7 @@ from llm.training.digests import (
     named_leaves,
     start_digest,
 )
-from llm.training.files import absolute, append_json_line
+from llm.training.files import absolute, append_json_line, is_local
 from llm.training.manifests import CHECKPOINTS, LEDGER, CorruptStepError, list_steps, shorten
 from llm.training.stored_arrays import check_structure, nest, params_digest, read_arrays
 
@@ -160,7 +160,7 @@ class Checkpointer:
 
     def _probe(self) -> None:
         """Raise at once where no directory can be made: Orbax would wait for it for minutes."""
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and is_local(self.directory):
             probe = self.directory / f"{_DELETED}probe"
             probe.mkdir(parents=True, exist_ok=True)
             probe.rmdir()

@@ -7,6 +7,7 @@ idle, and together they fill it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, no_type_check
 
@@ -150,13 +151,10 @@ class MembersStep:
 
     def __init__(self, jitted: Any, dials: Dials, mesh: Mesh):
         self._jitted, self._dials, self._mesh = jitted, dials, mesh
-        self._placed_dials: Dials | None = None
 
     def __call__(
         self, state: TrainState, batch: Mapping[str, Any]
     ) -> tuple[TrainState, dict[str, Array]]:
-        if self._placed_dials is None:
-            self._placed_dials = jax.device_put(self._dials, _over(self._mesh))
         arrays, shared = self._rows(batch)
         arrays = jax.device_put(arrays, _alike(self._mesh) if shared else _over(self._mesh))
         return self._jitted(state, arrays, jnp.uint32(batch["cursor"]), self._placed_dials, shared)
@@ -168,6 +166,10 @@ class MembersStep:
         shapes = [_shapes(x, at) for x, at in ((arrays, place), (self._dials, _over(self._mesh)))]
         cursor = jax.ShapeDtypeStruct((), jnp.uint32, sharding=_alike(self._mesh))
         return self._jitted.lower(state, shapes[0], cursor, shapes[1], shared)
+
+    @functools.cached_property
+    def _placed_dials(self) -> Dials:  # not when made: a step to be lowered has no devices here
+        return jax.device_put(self._dials, _over(self._mesh))
 
     def _rows(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         arrays = {name: x for name, x in batch.items() if name != "cursor"}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llm.training.files import fsync, read_json_lines, write_atomically
+from llm.training.files import fsync, is_local, read_json_lines, write_atomically
 from llm.training.tensorboard import EventLog
 
 METRICS = "metrics.jsonl"
@@ -85,7 +85,10 @@ class JsonLog:
             )
             if kept != content:
                 write_atomically(self._path, kept.decode())
-        self._stream = open(os.fspath(self._path), "ab", buffering=0)
+        local = is_local(self._path)  # unbuffered: what a full disk refuses is known at once
+        self._stream = (
+            open(os.fspath(self._path), "ab", buffering=0) if local else self._path.open("ab")
+        )
         self._size_bytes = self._stream.tell()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -108,8 +111,10 @@ class JsonLog:
         try:
             while written < len(self._unwritten):
                 written += self._stream.write(self._unwritten[written:])
+            self._stream.flush()
         except OSError:
-            os.ftruncate(self._stream.fileno(), self._size_bytes)  # no torn line stays
+            if is_local(self._path):
+                os.ftruncate(self._stream.fileno(), self._size_bytes)  # no torn line stays
             raise
         self._size_bytes += written
         self._unwritten = b""
@@ -123,10 +128,14 @@ class JsonLog:
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         if self._stream is not None:
-            stream, self._stream = self._stream, None
-            stream.close()
-            if self._unwritten:
-                raise LogError(f"{self._path} lacks its last lines: they could not be written")
+            stream = self._stream
+            try:
+                self.flush()
+            except OSError as error:
+                raise LogError(f"{self._path} lacks its last lines: {error}") from error
+            finally:
+                self._stream = None
+                stream.close()
 
 
 def _step_of(line: bytes) -> float | int:
@@ -184,6 +193,7 @@ class MetricsWriter:
         Raises:
           LogError: something cannot be written.
         """
+        self._to_tensorboard(lambda log: log.flush())
         try:
             return {name: json_log.sync() for name, json_log in self._logs.items()}
         except OSError as error:

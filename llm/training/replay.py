@@ -20,7 +20,7 @@ def replayed(step_fn: Callable[..., tuple[Any, Any]], every_steps: int) -> Calla
 
     `step_fn` is (state, …) → (state, metrics), and may donate the state; the state has a field
     `step`. A replay takes a second step's time and a copy of the state, and waits for the devices.
-    Two steps agree bit for bit on CPU and TPU, on GPU with deterministic kernels alone.
+    Two steps agree bit for bit on CPU (tested); on GPU that needs deterministic kernels.
     """
     if not every_steps:
         return step_fn

@@ -48,7 +48,8 @@ def full(disk, workdir):
 @contextlib.contextmanager
 def read_only(disk, workdir):
     """Let nothing be made or removed among the checkpoints, not even by root."""
-    subprocess.run(["chattr", "+i", str(workdir / "checkpoints")], check=True)
+    if subprocess.run(["chattr", "+i", str(workdir / "checkpoints")]).returncode:
+        pytest.skip("this file system has no immutable directories")
     yield "Operation not permitted"
     subprocess.run(["chattr", "-i", str(workdir / "checkpoints")], check=True)
 
