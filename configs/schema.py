@@ -25,6 +25,7 @@ from llm.training.config import (
     OptimizerConfig,
     PreferenceConfig,
     ScheduleConfig,
+    SpikeConfig,
     TrainableConfig,
 )
 from llm.training.run_config import RunConfig
@@ -51,6 +52,7 @@ class TrainingConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    spikes: SpikeConfig = SpikeConfig()
     run: RunConfig = RunConfig()
     accumulate_steps: int = 1  # microbatches a step
     z_loss: float = 0.0
@@ -62,6 +64,22 @@ class TrainingConfig:
             raise ValueError(
                 f"data.batch_sequences={self.data.batch_sequences} is not a multiple of "
                 f"accumulate_steps={self.accumulate_steps}"
+            )
+        if self.spikes.deviations:
+            self._check_rewinding()
+
+    def _check_rewinding(self) -> None:
+        every, kept = self.run.save_every_steps, self.run.keep_newest_checkpoints
+        if not every:
+            raise ValueError("spikes.deviations needs checkpoints: set run.save_every_steps")
+        if self.data.packing == "online":
+            raise ValueError("spikes.deviations skips batches, which data.packing='online' cannot")
+        # Kept are `kept` steps up to a spike; and going back ends up to an interval further.
+        needed = -(-self.spikes.rewind_steps // every) + 2
+        if kept < needed:
+            raise ValueError(
+                f"spikes.rewind_steps={self.spikes.rewind_steps} needs older checkpoints than are "
+                f"kept: set run.keep_newest_checkpoints={needed}, or save less often"
             )
 
     @property

@@ -1,5 +1,8 @@
 """Human feedback for the stages that learn from it: each split as tokens, and what was left out."""
 
+import hashlib
+from collections.abc import Mapping, Sequence
+
 from configs.schema import ComparisonStageConfig
 from llm.data.comparisons import EncodedFeedback, encode_feedback
 from llm.data.feedback_source import load_feedback
@@ -41,6 +44,22 @@ def load_comparisons(
             parts.insert(1, f"{found.num_without_pairs} without a pair left out")
         told.append("; ".join(parts))
     return encoded, told
+
+
+def feedback_digests(
+    encoded: Mapping[str, Sequence[EncodedFeedback]], tokenizer: Tokenizer
+) -> dict[str, str]:
+    """Return what the batches are made of, by name: digests of each split's records in order."""
+    found = {"tokenizer": tokenizer.digest}
+    for split, records in encoded.items():
+        sha256 = hashlib.sha256()
+        for record in records:
+            facts = (record.starts, record.levels, record.margin, [len(row) for row in record.rows])
+            sha256.update(repr(facts).encode())
+            for row in record.rows:
+                sha256.update(row.tobytes())
+        found[f"feedback ({split})"] = sha256.hexdigest()
+    return found
 
 
 def _drawn(records: list[EncodedFeedback], most: int | None) -> list[EncodedFeedback]:

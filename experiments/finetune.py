@@ -17,7 +17,7 @@ from experiments import entry
 from experiments.evaluation import make_evaluation
 from experiments.loading import load_start
 from experiments.run_flags import PROFILE, WORKDIR
-from llm.data.pipeline import make_training_batches, num_truncated, rows_per_epoch
+from llm.data.pipeline import data_digests, make_training_batches, num_truncated, rows_per_epoch
 from llm.data.prepare import prepare
 from llm.models.adapters import adapt_params
 from llm.models.transformer import Transformer, logical_axes, param_shapes
@@ -97,8 +97,11 @@ def finetune(config: FinetuneConfig, workdir: str) -> None:
         tokens_per_step=config.tokens_per_step,
         flops_per_token=training_flops_per_token(model_config, config.data.length_tokens),
         peak_flops=peak_flops(jax.devices()),
+        code=__file__,
+        spikes=config.spikes,
     )
     with jax.set_mesh(mesh), run:
+        run.check_data(data_digests(config.data, prepared, tokenizer))
         for name, cut in num_truncated(prepared.train, config.data.length_tokens).items():
             run.say(
                 f"source {name}: {cut} of {prepared.train[name].num_documents} conversations are "

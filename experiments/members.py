@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from configs.schema import PretrainConfig
 from llm.data.loader import Batch, Batches
-from llm.data.pipeline import make_training_batches
+from llm.data.pipeline import data_digests, make_training_batches
 from llm.data.prepare import Prepared, prepare
 from llm.data.prepared import PreparedSplit
 from llm.data.tokenizer_training import make_tokenizer
@@ -47,6 +47,7 @@ def pretrain_members(
         total_steps=config.num_steps,
         tokens_per_step=config.tokens_per_step * len(members),
         flops_per_token=training_flops_per_token(config.model, config.data.length_tokens),
+        code=__file__,
     )
     tokenizer.save(run.workdir / "tokenizer")
     train_members(
@@ -55,6 +56,7 @@ def pretrain_members(
         MemberBatches(config, members, prepared, tokenizer),
         make_members_evaluation(config, model, len(members), prepared.validation),
         evaluate_every_steps=config.evaluation.every_steps,
+        digests=data_digests(config.data, prepared, tokenizer),
     )
 
 
@@ -82,14 +84,17 @@ def train_members(
     evaluate: Callable[[Run, TrainState], None],
     *,
     evaluate_every_steps: int,
+    digests: Mapping[str, str] | None = None,
 ) -> TrainState:
     """Train members of any model to the end of the run; return their stacked state.
 
     A member whose gradient is not finite is left where it was, and the run gives up when all are.
+    `digests` are those of the data that are read, for `Run.check_data`.
     """
     mesh = members_mesh(len(runs.members))
     train_step = replayed(runs.make_step(mesh), run.run_config.replay_every_steps)
     with run:
+        run.check_data(digests or {})
         state = runs.init_state(mesh)
 
         # Restore

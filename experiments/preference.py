@@ -12,9 +12,8 @@ import jax
 
 from configs.schema import DirectPreferenceConfig
 from experiments import entry
-from experiments.feedback import load_comparisons
+from experiments.feedback import feedback_digests, load_comparisons
 from experiments.loading import Start, load_model, load_start
-from experiments.rewards import check_digests
 from experiments.run_flags import PROFILE, WORKDIR
 from llm.data.comparisons import ComparisonBatches, spread
 from llm.models.adapters import adapt_params
@@ -48,6 +47,7 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
     encoded, told = load_comparisons(config, start.tokenizer, pairs_only=pairs_only)
     hosts = dict(host_index=jax.process_index(), host_count=jax.process_count())
     batches = ComparisonBatches(encoded["train"], config.comparisons, **hosts)
+    digests = feedback_digests(encoded, start.tokenizer)
     total_steps = config.num_steps(len(batches.records))
 
     # Model
@@ -89,12 +89,14 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
         config.run,
         total_steps=total_steps,
         tokens_per_step=config.tokens_per_step,
+        code=__file__,
     )
     with jax.set_mesh(mesh), run:
         for line in told:
             run.say(line)
         start.tokenizer.save(run.workdir / "tokenizer")
-        base, frozen = init_frozen(config, models, start, mesh, run)
+        base, frozen, source_digest = init_frozen(config, models, start, mesh)
+        run.check_data(digests | source_digest)
         if base is not None:
             base = adapt_params(model, base, jax.random.key(config.seed))
         state = init_state(model, optimizer, mesh, config.seed, ema=ema, params=base, rates=rates)
@@ -124,18 +126,18 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
 
 
 def init_frozen(
-    config: DirectPreferenceConfig, models: Models, start: Start, mesh, run: Run
-) -> tuple[dict | None, dict]:
-    """Return (parameters that a fresh policy starts from, frozen ones): the reference, unless the
-    method has none or it shares the policy's trunk."""
-    base, frozen = start.params(), {}
+    config: DirectPreferenceConfig, models: Models, start: Start, mesh
+) -> tuple[dict | None, dict, dict[str, str]]:
+    """Return (parameters that a fresh policy starts from, frozen ones, their digest): the
+    reference, unless the method has none or it shares the policy's trunk."""
+    base, frozen, digests = start.params(), {}, {}
     if config.preference.needs_reference and not models.shared:
         reference = load_model(config.source).params if base is None else base
-        check_digests(run.workdir, {"source": tree_digest(reference)})
+        digests["source"] = tree_digest(reference)
         plain = models.reference
         placed = make_shardings(mesh, logical_axes(plain), param_shapes(plain))
         frozen["reference"] = jax.device_put(reference, placed)
-    return base, frozen
+    return base, frozen, digests
 
 
 def write_evaluation(run: Run, totals: dict[str, float]) -> None:

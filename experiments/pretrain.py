@@ -15,7 +15,7 @@ from configs.schema import PretrainConfig
 from experiments import entry
 from experiments.evaluation import make_evaluation
 from experiments.run_flags import PROFILE, WORKDIR
-from llm.data.pipeline import make_training_batches
+from llm.data.pipeline import data_digests, make_training_batches
 from llm.data.prepare import prepare
 from llm.data.tokenizer_training import make_tokenizer
 from llm.models.transformer import Transformer, logical_axes
@@ -91,8 +91,11 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
         tokens_per_step=config.tokens_per_step,
         flops_per_token=training_flops_per_token(config.model, config.data.length_tokens),
         peak_flops=peak_flops(jax.devices()),
+        code=__file__,
+        spikes=config.spikes,
     )
     with jax.set_mesh(mesh), run:
+        run.check_data(data_digests(config.data, prepared, tokenizer))
         tokenizer.save(run.workdir / "tokenizer")
         state = init_state(
             model, optimizer, mesh, config.seed, ema=ema, init_scale=config.init_scale

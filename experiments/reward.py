@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.schema import RewardModelConfig
 from experiments import entry
-from experiments.feedback import load_comparisons
+from experiments.feedback import feedback_digests, load_comparisons
 from experiments.loading import Start, load_start
 from experiments.rewards import SCALE
 from experiments.run_flags import PROFILE, WORKDIR
@@ -56,6 +56,7 @@ def train_reward(config: RewardModelConfig, workdir: str) -> None:
     encoded, told = load_comparisons(config, start.tokenizer, pairs_only=pairs_only)
     hosts = dict(host_index=jax.process_index(), host_count=jax.process_count())
     batches = ComparisonBatches(encoded["train"], config.comparisons, **hosts)
+    digests = feedback_digests(encoded, start.tokenizer)
     total_steps = config.num_steps(len(batches.records))
 
     # Model
@@ -93,8 +94,10 @@ def train_reward(config: RewardModelConfig, workdir: str) -> None:
         config.run,
         total_steps=total_steps,
         tokens_per_step=config.tokens_per_step,
+        code=__file__,
     )
     with jax.set_mesh(mesh), run:
+        run.check_data(digests)
         for line in told:
             run.say(line)
         start.tokenizer.save(run.workdir / "tokenizer")

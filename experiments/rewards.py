@@ -16,11 +16,9 @@ from llm.rl.config import RewardConfig
 from llm.rl.models import Models, own_part
 from llm.rl.reward_model import make_model_reward
 from llm.rl.rewards import RewardFn, make_verifier
-from llm.training.files import write_atomically
 from llm.training.loading import load_params
 
 SCALE = "scale.json"  # in a reward model's workdir: shift and scale of its scores
-DIGESTS = "frozen.json"  # in a policy's workdir: what must be the same at a resume
 
 
 class LoadedReward(NamedTuple):
@@ -125,23 +123,6 @@ def weight_of(workdir: str, config: RlhfConfig) -> float:
         if reward.kind == "model" and epath.Path(reward.path) == epath.Path(workdir)
     ]
     return sum(weights) if weights else 1.0
-
-
-def check_digests(workdir: epath.PathLike, digests: dict[str, str]) -> None:
-    """Record the digests of frozen models; at a resume, raise a ValueError where one differs."""
-    file = epath.Path(workdir) / DIGESTS
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(digests, indent=2) + "\n")
-        return
-    recorded = json.loads(file.read_text())
-    for name in sorted(recorded.keys() | digests.keys()):
-        if recorded.get(name) != digests.get(name):
-            raise ValueError(
-                f"{name} had the digest {recorded.get(name)} when this run began and has "
-                f"{digests.get(name)} now: the run cannot go on as it was. Restore the model, or "
-                "use another workdir"
-            )
 
 
 def _model_reward(

@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from configs.schema import RlhfConfig
 from experiments import entry
 from experiments.loading import Start, load_model, load_start
-from experiments.rewards import check_digests, load_rewards, load_value_start, weight_of
+from experiments.rewards import load_rewards, load_value_start, weight_of
 from experiments.run_flags import PROFILE, WORKDIR
-from llm.data.pipeline import make_training_batches
+from llm.data.pipeline import data_digests, make_training_batches
 from llm.data.prepare import prepare
 from llm.data.tokenizers import Tokenizer
 from llm.models.adapters import adapt_params
@@ -74,7 +74,8 @@ def rlhf(
     batches = PromptBatches(prompts.prompts, config.rollout.prompts, config.seed)
     rewards, digests = load_rewards(config, config.compute)
     rewards |= {name: (function, 0.0) for name, function in (watched or {}).items()}
-    ptx = make_ptx_batches(config, tokenizer, workdir)
+    ptx, ptx_digests = make_ptx_batches(config, tokenizer, workdir)
+    digests |= ptx_digests | {"tokenizer": tokenizer.digest, "prompts": prompts.digest}
 
     # Models
     models = make_models(config, start)
@@ -116,11 +117,12 @@ def rlhf(
         config.run,
         total_steps=config.total_steps,
         tokens_per_step=tokens_per_step,
+        code=__file__,
     )
     with jax.set_mesh(mesh), run:
         # State
         params, frozen, source_digests = init_models(config, models, start, mesh)
-        check_digests(run.workdir, digests | source_digests)
+        run.check_data(digests | source_digests)
         for line in (f"{len(prompts.prompts)} prompts", *prompts.left_out()):
             run.say(line)
         tokenizer.save(run.workdir / "tokenizer")
@@ -214,17 +216,20 @@ def init_value(config: RlhfConfig, models: Models, start: Start, base: dict, key
 
 
 def make_ptx_batches(config: RlhfConfig, tokenizer: Tokenizer, workdir: str):
-    """Return batches of text whose loss is mixed in (PPO-ptx), or None."""
+    """Return batches of text whose loss is mixed in (PPO-ptx), or None, and the text's digests."""
     if not config.algorithm.ptx_weight:
-        return None
-    return make_training_batches(
+        return None, {}
+    prepared = prepare(config.ptx, tokenizer)
+    batches = make_training_batches(
         config.ptx,
-        prepare(config.ptx, tokenizer),
+        prepared,
         tokenizer,
         host_index=jax.process_index(),
         host_count=jax.process_count(),
         state_dir=epath.Path(workdir) / "ptx",
     )
+    digests = data_digests(config.ptx, prepared, tokenizer)
+    return batches, {f"ptx {name}": digest for name, digest in digests.items()}
 
 
 def next_ptx(ptx, mesh: Mesh) -> dict | None:

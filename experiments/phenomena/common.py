@@ -129,6 +129,7 @@ def _train_group(
         dataclasses.replace(common.run, save_every_steps=0, save_every_seconds=30.0),
         total_steps=study.total_steps,
         tokens_per_step=group.tokens_per_step * len(group.members),
+        code=__file__,
     )
     train_members(
         run,

@@ -52,6 +52,22 @@ def make_training_batches(
     return OnlineBatches(sources, tokenizer, setup, state_dir=state_dir)
 
 
+def data_digests(config: DataConfig, prepared: Prepared, tokenizer: Tokenizer) -> dict[str, str]:
+    """Return what the batches are made of, by name: a digest of each split's tokens in their order.
+
+    Of what is packed online, and read as it comes, names, sizes and times of the files stand for
+    it, or what the source tells of itself.
+    """
+    found = {"tokenizer": tokenizer.digest}
+    for split in ("train", "validation"):
+        for name, part in getattr(prepared, split).items():
+            found[f"{name} ({split})"] = part.digest
+    if config.packing == "online":
+        for name, source in config.sources.items():
+            found[f"{name} (train)"] = open_source(source, "train", config.cache_dir).fingerprint()
+    return found
+
+
 def mixture_weights(config: DataConfig) -> dict[str, float] | None:
     """Return the sources' weights; None if none has one: each document once an epoch.
 

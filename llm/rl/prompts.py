@@ -2,6 +2,7 @@
 One integer is the whole state: how many prompts were dealt."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,14 @@ class PromptSet:
     too_long: tuple[str, ...]  # ids
     bad_rows: tuple[BadRow, ...]
     max_tokens: int  # that were allowed
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the prompts in their order, and the fields that answers are checked with."""
+        facts = [
+            (p.tokens, sorted((k, repr(x)) for k, x in p.fields.items())) for p in self.prompts
+        ]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def left_out(self) -> list[str]:
         """Return a line for each kind of row that was left out: how many, and the first of them."""

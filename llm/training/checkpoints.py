@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -130,8 +131,16 @@ class Checkpointer:
             self._executor.shutdown()
             self._orbax.close()
 
-    def restore(self, target: Any) -> Restored | None:
-        """Return the newest good step, or None in a workdir that never had one.
+    def discard(self, steps: Sequence[int]) -> None:
+        """Delete steps, on disk at once as if they had never been there."""
+        if jax.process_index() == 0:
+            for step in steps:
+                self._delete(step)
+        if steps:
+            _wait_for_all("discard")
+
+    def restore(self, target: Any, *, at_most: int | None = None) -> Restored | None:
+        """Return the newest good step (not above `at_most`), or None in a workdir without any.
 
         Each array comes with the dtype and sharding of the target's (concrete or abstract). A bad
         step is named in a warning and set aside as `corrupt-<step>`; the next older one is tried.
@@ -143,6 +152,8 @@ class Checkpointer:
         self.wait()
         self._remove_unfinished()
         for step in reversed(manifests.step_numbers(self.directory)):
+            if at_most is not None and step > at_most:
+                continue
             try:
                 restored = self._restore_step(step, target)
             except CorruptStepError as error:
@@ -268,10 +279,13 @@ class Checkpointer:
             keep |= {step for step in steps if step % self._keep_every_steps == 0}
         for step in steps:
             if step not in keep:
-                # Renamed first: a crash while deleting must not leave a step that looks whole.
-                doomed = self.directory / f"{_DELETED}{step}"
-                self._path(step).rename(doomed)
-                doomed.rmtree()
+                self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        # Renamed first: a crash while deleting must not leave a step that looks whole.
+        doomed = self.directory / f"{_DELETED}{step}"
+        self._path(step).rename(doomed)
+        doomed.rmtree()
 
 
 def _raise_if_corrupt(problems: list[str]) -> None:

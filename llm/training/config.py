@@ -1,6 +1,7 @@
 """Optimizer and schedule as typed configs. Second floor, without JAX."""
 
 import dataclasses
+import math
 from typing import Literal
 
 
@@ -33,6 +34,26 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.weight_decay={self.weight_decay}: must not be negative")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"optimizer.clip_norm={self.clip_norm}: must be positive, or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class SpikeConfig:
+    """When a loss is a spike, and what is left out for it (llm/training/spikes.py).
+
+    Twenty deviations of a loss that scatters by 0.03 nats are a rise of 0.6.
+    """
+
+    deviations: float = 0.0  # above the median, in robust standard deviations; 0: never
+    window_steps: int = 100  # steps that median and deviation are taken over
+    rewind_steps: int = 100  # back from the spike, at least, to a checkpoint
+    skip_steps: int = 200  # batches left out from there on; those up to the spike in any case
+
+    def __post_init__(self):
+        if not 0 <= self.deviations < math.inf:
+            raise ValueError(f"spikes.deviations={self.deviations}: must be finite, not negative")
+        for name, least in (("window_steps", 3), ("rewind_steps", 1), ("skip_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"spikes.{name}={getattr(self, name)}: must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)

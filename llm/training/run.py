@@ -4,22 +4,28 @@ Only composes the pieces beside it; the loop, evaluation and sampling stay in th
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
-from llm.training.checkpoints import Checkpointer, CheckpointError
+from llm.training.checkpoints import Restored
+from llm.training.config import SpikeConfig
+from llm.training.feed import Feed
 from llm.training.files import absolute
+from llm.training.goodput import Goodput, read_goodput
+from llm.training.identity import Identity
 from llm.training.lock import Lock
-from llm.training.metrics import LogError, MetricsWriter, to_float
+from llm.training.manifests import list_steps
+from llm.training.metrics import MetricsWriter
 from llm.training.preemption import EXIT_CODE, Preemption
 from llm.training.profiling import ProfileWindow
-from llm.training.progress import Progress, Throughput
+from llm.training.progress import Progress
 from llm.training.run_config import RunConfig, check_config, config_digest, record_config
-
-_SKIPPED = "train/skipped_in_a_row"
+from llm.training.saver import Saver
+from llm.training.spikes import SpikeWatch
+from llm.training.step_log import SKIPPED, Amounts, StepLog, StepMetrics
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +37,9 @@ class NonFiniteError(RuntimeError):
 class Run:
     """A run, for use in a `with` statement around the training loop.
 
-        run = Run(workdir, config, run_config, tokens_per_step=…, total_steps=…)
+        run = Run(workdir, config, run_config, code=__file__, tokens_per_step=…, total_steps=…)
         with run:
+            run.check_data(digests)
             state, batches = run.restore(state, batches)
             evaluate_if_due(run, state)   # of a run that was stopped before it could
             while run.step < total_steps:
@@ -41,7 +48,7 @@ class Run:
                 state = run.after_step(state, metrics)
                 evaluate_if_due(run, state)   # asks run.due, calls run.write_metrics
 
-    Making it reads the workdir's config and no more, so a mismatch shows before JAX starts.
+    Making it compares config and code with the workdir's: a mismatch shows before JAX starts.
     The state's arrays are saved; of its fields only `cursor` is known here, the place in the data.
     Metrics are read one step late, so that the devices always have the next step to work on.
     """
@@ -56,32 +63,37 @@ class Run:
         tokens_per_step: int,
         flops_per_token: float | int | None = None,
         peak_flops: float | int | None = None,
+        code: str = __file__,
+        spikes: SpikeConfig | None = None,
     ):
-        """`flops_per_token` and `peak_flops` (a second, of all devices) give MFU where known.
+        """`flops_per_token` and `peak_flops` (a second, of all devices) give MFU where known;
+        `code` is the file with the loop, which with all that it imports must stay as it is.
 
         Raises:
           ConfigChangedError: the workdir was made with another config.
+          IdentityChangedError: it was made by other code or with other libraries.
         """
         self.workdir = absolute(workdir)
         self.step = 0  # optimizer steps done
         self.total_steps = total_steps
-        self._config = config
         self.run_config = run_config
-        self._tokens_per_step = tokens_per_step
-        self._step_flops = (flops_per_token or 0.0) * tokens_per_step
-        self._peak_flops = peak_flops
+        self._config = config
+        self._goodput = Goodput(self.workdir)
+        self._amounts = Amounts(
+            total_steps, tokens_per_step, (flops_per_token or 0.0) * tokens_per_step, peak_flops
+        )
         self._config_changes = check_config(
             self.workdir, config, allow_change=run_config.allow_config_change
         )
+        self._identity = Identity(self.workdir, code, run_config)
+        self._identity.check()
         self._preemption = Preemption()
         self._progress = Progress(total_steps)
-        self._throughput = Throughput()
-        self._pending: tuple[int, Mapping[str, Any]] | None = None  # metrics not yet read
+        self._spikes = SpikeWatch(spikes, self.workdir)
+        self._feed: Feed | None = None
         self._state: Any = None  # after the last step, until the next one overwrites it
         self._body_done = True  # evaluation and samples of this step are over
-        self._restored = False
-        self._saved_step = -1
-        self._saved_sizes: dict[str, int] = {}  # of the logs, when it was saved
+        self._first_step: int | None = None  # after the restore
 
     def __enter__(self) -> "Run":
         """Take the workdir's lock, record the config, and watch for signals.
@@ -97,12 +109,14 @@ class Run:
             )
         self._primary = jax.process_index() == 0
         with contextlib.ExitStack() as stack:
+            stack.callback(self._goodput.close)
             if self._primary:
                 self.workdir.mkdir(parents=True, exist_ok=True)
                 lock = Lock(self.workdir)
                 lock.acquire()
                 stack.callback(lock.release)
                 record_config(self.workdir, self._config, self._config_changes)
+                self._identity.record()
             self._preemption.start(jax.process_count())
             stack.callback(self._preemption.stop)
             self._metrics = MetricsWriter(
@@ -112,11 +126,10 @@ class Run:
             )
             stack.callback(self._metrics.close)
             stack.callback(self._progress.close)
-            self._checkpointer = Checkpointer(
-                self.workdir,
-                keep_newest=run_config.keep_newest_checkpoints,
-                keep_every_steps=run_config.keep_every_steps,
-            )
+            writer = self._metrics if self._primary else None
+            every = run_config.log_every_steps
+            self._log = StepLog(writer, self._progress, self._amounts, every)
+            self._saver = Saver(self.workdir, run_config, writer, self.total_steps, self.say)
             self._profile = ProfileWindow(
                 self.workdir / "profile",
                 run_config.profile_start_step,
@@ -134,10 +147,14 @@ class Run:
         """
         with self._cleanup:
             try:
-                self._read_pending()
-                # After an error the rest of this step's body, an evaluation perhaps, is still due.
-                self._commit(body_done=error is None)
-                self._checkpointer.close()
+                with self._goodput.during("save"):
+                    self._judge(self._log.read())
+                    # After an error the rest of this step's body, an evaluation, is still due.
+                    self._saver.commit(self.step, body_done=error is None)
+                    self._saver.checkpointer.close()
+                if error is None or isinstance(error, SystemExit):
+                    self._goodput.write()
+                    self.say(read_goodput(self.workdir).describe())
             except Exception as second:
                 if error is None:
                     raise
@@ -145,36 +162,46 @@ class Run:
         if error is None and self._preemption.signal_name:
             raise SystemExit(EXIT_CODE)  # it came after the last step; what follows can wait
 
+    def check_data(self, digests: Mapping[str, str]) -> None:
+        """Compare what the run reads, by name, with what it read when it began; and record it.
+
+        Raises:
+          IdentityChangedError: it is other data, and run.allow_data_change is not set.
+        """
+        self._identity.check_data(digests, record=self._primary)
+
     def restore(self, state: Any, batches: Any) -> tuple[Any, Any]:
         """Return state and batches to go on with: those of the newest good checkpoint, if any.
 
         Arrays get the shardings of the state given, which may be abstract where a checkpoint is
-        sure to exist. `batches` has a method `seek(cursor)`; None is allowed.
+        sure to exist. `batches` has a method `seek(cursor)`; None is allowed. What is returned in
+        its place is to be used instead of it.
         """
         started = time.perf_counter()
-        restored = self._checkpointer.restore(state)
-        sizes: dict[str, int] | None = None
-        if restored is not None:
-            state, manifest = restored
-            self.step = self._saved_step = manifest["step"]
-            self._body_done = manifest.get("body_done", False)
-            sizes = manifest.get("log_bytes", {})
-            if batches is not None and manifest.get("cursor") is not None:
-                batches.seek(manifest["cursor"])
-            self.say(
-                f"resumed at step {self.step} of {self.total_steps} from {self.workdir} "
-                f"(verified in {time.perf_counter() - started:.1f} s)"
-            )
-        if self._primary:
-            self._metrics.open(self.step, sizes, self._config)
-            self._progress.start(self.step)
-        self._last_save_time = time.monotonic()
-        self._profile.open(self.step, self.total_steps)
-        self._restored = True
-        return state, batches
+        with self._goodput.during("restore"):
+            if batches is not None:
+                self._feed = Feed(batches, lambda: self.step, self._goodput, self._spikes)
+            self._saver.checkpointer.discard(self._spikes.abandoned_steps())
+            restored = self._saver.checkpointer.restore(state)
+            if self._primary:
+                self._goodput.open(0 if restored is None else restored.manifest["step"])
+            state = self._go_on_from(restored, state)
+            if restored is not None:
+                self.say(
+                    f"resumed at step {self.step} of {self.total_steps} from {self.workdir} "
+                    f"(verified in {time.perf_counter() - started:.1f} s)"
+                )
+            if self._primary:
+                self._progress.start(self.step)
+            self._profile.open(self.step, self.total_steps)
+            self._first_step = self.step
+            state = self._rewind_if_due(state)
+        self._goodput.enter("evaluate")
+        return state, self._feed
 
     def after_step(self, state: Any, metrics: Mapping[str, Any]) -> Any:
-        """Count a step, and log, show, save or leave as is due; return the state to go on with.
+        """Count a step, and log, show, save, rewind or leave as is due; return the state to go on
+        with.
 
         `metrics` are scalars by name, on the devices; they are read at the next step. Only a save
         waits for the devices.
@@ -186,26 +213,25 @@ class Run:
           NonFiniteError: max_skipped_in_a_row steps had no finite loss or gradient.
           SystemExit: code 75, after a signal, when this step is safe on disk.
         """
-        if not self._restored:
+        if self._first_step is None:
             raise RuntimeError("run.after_step was called before run.restore; restore comes first")
         self._state = None
-        self._commit(body_done=True)
-        self._tolerate(self._checkpointer.check)
+        self._saver.commit(self.step, body_done=True)
+        self._saver.tolerate(self.step, self._saver.checkpointer.check)
         self.step += 1
         self._body_done = False
         self._preemption.armed = True
-        for value in metrics.values():
-            if isinstance(value, jax.Array):
-                value.copy_to_host_async()
-        self._read_pending()
-        self._pending = (self.step, metrics)
-        self._throughput.tick()
+        sequences = None if self._feed is None else self._feed.sequences
+        self._judge(self._log.push(self.step, metrics, sequences))
         if self._profile.after_step(self.step, (state, metrics)):
             self.say(f"profile written to {self.workdir / 'profile'}")
         self._state = state
-        if self._save_is_due():
-            self._tolerate(self._save)
+        self._goodput.after_step(self.step)
+        if self._spikes.spike is None and self._saver.is_due(self.step):
+            self._saver.tolerate(self.step, self._save)
         self._leave_if_asked(self._preemption.requested(self.step))
+        state = self._rewind_if_due(state)
+        self._goodput.enter("evaluate")
         return state
 
     def due(self, every_steps: int) -> bool:
@@ -220,12 +246,12 @@ class Run:
             return False
         due = self.step % every_steps == 0 or self.step == self.total_steps
         if due:
-            self._throughput.skip()
+            self._log.throughput.skip()
         return due
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write scalars by name, such as {"eval/loss": 3.2}, as one line at this step."""
-        self._read_pending()  # the training metrics of this step come first
+        self._judge(self._log.read())  # the training metrics of this step come first
         if self._primary:
             self._metrics.write(self.step, metrics)
 
@@ -239,101 +265,104 @@ class Run:
         if self._primary:
             self._progress.say(text)
 
-    def _read_pending(self) -> None:
-        """Read the last step's metrics from the devices; log, show and judge them."""
-        if self._pending is None:
+    def _judge(self, found: StepMetrics | None) -> None:
+        """Look at a step's loss: give up when too many in a row are not finite."""
+        if found is None:
             return
-        (step, metrics), self._pending = self._pending, None
-        values = {name: to_float(name, x) for name, x in jax.device_get(dict(metrics)).items()}
-        if step % self.run_config.log_every_steps == 0 or step in (1, self.total_steps):
-            seconds = self._throughput.end_interval()
-            if self._primary:
-                # What a stage measures itself stands: not all of its positions are tokens, perhaps.
-                self._metrics.write(step, self._speed(seconds) | values)
-        if self._primary:
-            seconds = self._throughput.seconds_per_step
-            speed = self._speed(seconds) | values
-            self._progress.update(
-                step,
-                values.get("train/loss"),
-                seconds_per_step=seconds,
-                tokens_per_second=speed.get("perf/tokens_per_second"),
-                mfu=speed.get("perf/mfu"),
-            )
-        skipped = values.get(_SKIPPED, 0)
-        if skipped >= self.run_config.max_skipped_in_a_row:
+        if found.step == self._first_step + 1:
+            self.say(f"first step done {self._goodput.describe_start()}")
+        skipped, most = found.values.get(SKIPPED, 0), self.run_config.max_skipped_in_a_row
+        if not skipped:
+            if "train/loss" in found.values and found.sequences is not None:
+                self._spikes.observe(found.step, found.values["train/loss"], found.sequences)
+            return
+        begin, end = found.sequences or (None, None)
+        self.say(
+            f"step {found.step}: loss or gradient is not finite; parameters are left as they were"
+            + ("" if end is None else f" (sequences {begin} to {end - 1} of the data)")
+        )
+        if skipped >= most:
             raise NonFiniteError(
-                f"{skipped} steps in a row up to step {step} had no finite loss or gradient "
-                f"(run.max_skipped_in_a_row={self.run_config.max_skipped_in_a_row}). The "
-                "parameters are those before them: lower the learning rate, or look at the data"
+                f"{skipped} steps in a row up to step {found.step} had no finite loss or gradient "
+                f"(run.max_skipped_in_a_row={most}). The parameters are those before them: lower "
+                "the learning rate, or look at the data"
             )
 
-    def _speed(self, seconds_per_step: float | None) -> dict[str, float]:
-        if not seconds_per_step:
-            return {}
-        speed = {
-            "perf/step_seconds": seconds_per_step,
-            "perf/tokens_per_second": self._tokens_per_step / seconds_per_step,
-        }
-        if self._step_flops and self._peak_flops:
-            speed["perf/mfu"] = self._step_flops / seconds_per_step / self._peak_flops
-        return {name: float(f"{value:.4g}") for name, value in speed.items()}
-
-    def _tolerate(self, save: Callable[[], None]) -> None:
-        """Save or look after a save; where it failed and more steps follow, go on if so asked."""
-        try:
-            save()
-        except (CheckpointError, LogError) as error:
-            if not self.run_config.go_on_after_failed_save or self.step >= self.total_steps:
-                raise
-            self._last_save_time = time.monotonic()
-            self.say(f"NOT SAVED: {error} Training goes on (run.go_on_after_failed_save).")
-
-    def _save_is_due(self) -> bool:
-        run_config = self.run_config
-        if self.step >= self.total_steps:
-            return True
-        if run_config.save_every_steps and self.step % run_config.save_every_steps == 0:
-            return True
-        seconds = run_config.save_every_seconds
-        return seconds is not None and time.monotonic() - self._last_save_time >= seconds
+    # ------------------------------------------------------------------------------ saving
 
     def _save(self) -> None:
-        """Start saving the current step. It becomes valid when the loop's body for it is over."""
-        self._read_pending()  # a checkpoint must not be newer than the log
-        self._saved_sizes = self._metrics.sync() if self._primary else {}
-        cursor = getattr(self._state, "cursor", None)
-        notes = {
-            "tokens": self.step * self._tokens_per_step,
-            "total_steps": self.total_steps,
-            "cursor": None if cursor is None else int(cursor),
-            "config_digest": config_digest(self._config),
-        }
-        self._checkpointer.save(self.step, self._state, notes, hold=True)
-        self._saved_step = self.step
-        self._last_save_time = time.monotonic()
-        self._throughput.skip()
-
-    def _commit(self, *, body_done: bool) -> None:
-        """Let the step saved last become valid, with the logs as long as they are to be kept."""
-        if body_done and self._primary and self._saved_step == self.step and self._saved_sizes:
-            try:
-                self._saved_sizes = self._metrics.sync()
-            except LogError:
-                if not self.run_config.go_on_after_failed_save:
-                    raise
-                body_done = False  # a run that goes on from this step will do it again
-        self._checkpointer.commit({"body_done": body_done, "log_bytes": self._saved_sizes})
+        """Start saving the current step."""
+        self._judge(self._log.read())  # a checkpoint must not be newer than the log
+        with self._goodput.during("save"):
+            cursor = getattr(self._state, "cursor", None)
+            notes = {
+                "tokens": self.step * self._amounts.tokens_per_step,
+                "total_steps": self.total_steps,
+                "cursor": None if cursor is None else int(cursor),
+                "config_digest": config_digest(self._config),
+                "spikes": self._spikes.state(),
+            }
+            self._saver.save(self.step, self._state, notes)
+        self._log.throughput.skip()
 
     def _leave_if_asked(self, asked: bool) -> None:
         if not asked:
             return
-        if self._saved_step != self.step:
+        if self._saver.saved_step != self.step:
             self._save()
-        self._commit(body_done=False)
-        self._checkpointer.wait()
+        self._saver.commit(self.step, body_done=False)
+        self._saver.checkpointer.wait()
         self.say(
             f"{self._preemption.signal_name}: step {self.step} is saved in {self.workdir}; the "
             f"same command goes on from there (exit code {EXIT_CODE})"
         )
         raise SystemExit(EXIT_CODE)
+
+    # --------------------------------------------------------------------------- restoring
+
+    def _go_on_from(self, restored: Restored | None, state: Any) -> Any:
+        """Take a checkpoint's step, place in the data and logs; return its state."""
+        manifest = {} if restored is None else restored.manifest
+        self.step = manifest.get("step", 0)
+        self._body_done = manifest.get("body_done", restored is None)
+        self._saver.go_on_from(-1 if restored is None else self.step)
+        self._spikes.restore(manifest.get("spikes"))
+        if self._feed is not None and manifest.get("cursor") is not None:
+            self._feed.seek(manifest["cursor"])
+        if self._primary:
+            sizes = None if restored is None else manifest.get("log_bytes", {})
+            self._metrics.close()
+            self._metrics.open(self.step, sizes, self._config)
+        return state if restored is None else restored.state
+
+    def _rewind_if_due(self, state: Any) -> Any:
+        """After a loss spike go back to a checkpoint before it, and past its batches; once."""
+        spike = self._spikes.spike
+        if spike is None:
+            return state
+        rose = f"step {spike.step}: the loss rose from {spike.usual:.4g} to {spike.loss:.4g}"
+        target = self._spikes.rewind_step(self.run_config.save_every_steps)
+        if not any(step <= target for step in list_steps(self.workdir)):
+            self._spikes.spike = None
+            self.say(f"{rose}. There is no checkpoint at step {target} or before: training goes on")
+            return state
+        with self._goodput.during("restore"):
+            self._goodput.rewind()
+            self._log.drop()
+            self._state = None
+            self._saver.commit(self.step, body_done=False)
+            self._saver.checkpointer.wait()
+            for leaf in jax.tree.leaves(state):  # two states at once may not fit
+                if isinstance(leaf, jax.Array):
+                    leaf.delete()
+            restored = self._saver.checkpointer.restore(state, at_most=target)
+            manifest = restored.manifest
+            skip = self._spikes.record(manifest["step"], manifest["cursor"], write=self._primary)
+            self._saver.checkpointer.discard(self._spikes.abandoned_steps())
+            state = self._go_on_from(restored, state)
+        self._log.throughput.skip()
+        self.say(
+            f"{rose}. Going on from step {self.step}, without sequences {skip.from_cursor} to "
+            f"{skip.to_cursor - 1} of the data"
+        )
+        return state

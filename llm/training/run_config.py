@@ -12,7 +12,7 @@ from etils import epath
 from llm.training.files import append_json_line, canonical_json, text_digest, write_atomically
 
 CONFIG = "config.json"
-CONFIG_CHANGES = "config_changes.jsonl"
+CHANGES = "changes.jsonl"
 
 # What may differ at a resume without asking: it changes neither the batches nor the update. (The
 # mesh changes only the order of sums; everything below `run` is the class RunConfig.)
@@ -33,7 +33,10 @@ class RunConfig:
     replay_every_steps: int = 0  # take a step twice and compare the bits; 0: never
     profile_start_step: int = 10  # of this process: past compilation and the first steps
     profile_num_steps: int = 0  # 0: no profile; else a trace is written to workdir/profile
-    allow_config_change: bool = False  # resume a workdir of another config; recorded in it
+    # Resume a workdir of another config, other code or libraries, other data; recorded in it.
+    allow_config_change: bool = False
+    allow_code_change: bool = False
+    allow_data_change: bool = False
     wandb_project: str = ""  # also log to Weights & Biases, when not empty
 
     def __post_init__(self) -> None:
@@ -106,14 +109,22 @@ def record_config(
     if (workdir / CONFIG).exists():
         if not difference:
             return
-        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         changes = {key: {"old": old, "new": new} for key, (old, new) in difference.items()}
-        forced = any(not _is_free(key) for key in difference)
-        append_json_line(
-            workdir / CONFIG_CHANGES, {"time": now, "forced": forced, "changes": changes}
-        )
+        record_change(workdir, changes, forced=any(not _is_free(key) for key in difference))
     text = json.dumps(_as_json(config), indent=2, ensure_ascii=False)
     write_atomically(workdir / CONFIG, text + "\n")
+
+
+def record_change(
+    workdir: epath.PathLike, changes: Mapping[str, Mapping[str, Any]], *, forced: bool
+) -> None:
+    """Note in the workdir what differs from when it was made, {name: {"old", "new"}}, and when.
+
+    `forced`: only because the user allowed it.
+    """
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    row = {"time": now, "forced": forced, "changes": changes}
+    append_json_line(epath.Path(workdir) / CHANGES, row)
 
 
 def _is_free(key: str) -> bool:

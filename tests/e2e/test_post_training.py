@@ -110,9 +110,11 @@ def test_what_each_stage_leaves(whole):
     assert 0 <= report["accuracy"] <= 1 and report["pairs"] > 0
     scale = json.loads((whole / "reward" / "scale.json").read_text())
     assert np.isfinite(scale["shift"]) and scale["scale"] > 0
-    assert set(json.loads((whole / "rlhf" / "frozen.json").read_text())) == {
+    assert set(json.loads((whole / "rlhf" / "identity" / "data.json").read_text())) == {
+        "prompts",
         "rewards.rule",
         "source",
+        "tokenizer",
     }
 
 
@@ -258,9 +260,9 @@ def test_mistakes_are_one_line(whole, stage, override, message):
 
 def test_a_reward_model_that_changed_is_noticed(whole, tmp_path):
     """The run goes on only with the very models that it began with."""
-    frozen = whole / "rlhf" / "frozen.json"
+    frozen = whole / "rlhf" / "identity" / "data.json"
     before = frozen.read_text()
     frozen.write_text(before.replace(json.loads(before)["rewards.rule"], "0" * 16))
     done = run("rlhf", *recipe(whole, "rlhf"), f"--workdir={whole / 'rlhf'}", expect=2)
     frozen.write_text(before)
-    assert "rewards.rule had the digest 0000000000000000 when this run began" in done.stderr
+    assert "made with other data (rewards.rule: 0000000000000000 → " in done.stderr

@@ -387,7 +387,7 @@ def test_a_workdir_of_another_config_is_refused_at_construction(tmp_path):
     with pytest.raises(ConfigChangedError, match=r"model.width: 8 → 16; seed: 0 → 3\)"):
         make_run(tmp_path, other)
     assert json.loads((tmp_path / "config.json").read_text()) == config
-    assert not (tmp_path / "config_changes.jsonl").exists()
+    assert not (tmp_path / "changes.jsonl").exists()
 
 
 def test_an_override_is_recorded(tmp_path):
@@ -395,7 +395,7 @@ def test_an_override_is_recorded(tmp_path):
         pass
     with make_run(tmp_path, {"seed": 1}, allow_config_change=True):
         pass
-    (row,) = map(json.loads, (tmp_path / "config_changes.jsonl").read_text().splitlines())
+    (row,) = map(json.loads, (tmp_path / "changes.jsonl").read_text().splitlines())
     assert row["forced"] and row["changes"] == {"seed": {"old": 0, "new": 1}}
     assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 1}
 
@@ -410,7 +410,7 @@ def test_what_does_not_change_learning_may_change(tmp_path):
         pass
     with pytest.raises(ConfigChangedError, match="data.seed"):
         check_config(tmp_path, free | {"data": {"seed": 1}})
-    assert not json.loads((tmp_path / "config_changes.jsonl").read_text())["forced"]
+    assert not json.loads((tmp_path / "changes.jsonl").read_text())["forced"]
 
 
 def test_a_damaged_config_is_named(tmp_path):
