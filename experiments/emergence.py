@@ -28,9 +28,15 @@ from experiments.run_flags import WORKDIR
 from experiments.stages import open_job
 from llm.evaluation.facts import hardware_facts, version_facts
 from llm.evaluation.report import Report, Section, write_report
-from llm.evaluation.tables import facts_table, format_duration, wall_time_table
+from llm.evaluation.tables import (
+    facts_table,
+    format_duration,
+    goodput_table,
+    wall_time_table,
+)
 from llm.parallel.mesh import start_distributed
 from llm.training.files import write_atomically
+from llm.training.goodput import find_goodput, sum_goodput
 
 
 def studies(
@@ -76,13 +82,19 @@ def write_emergence_report(
     workdir: epath.Path, findings: dict[str, Findings], wall_seconds: dict[str, float]
 ) -> None:
     """Write report.md, report.html and summary.json."""
-    hardware, versions = hardware_facts(), version_facts()
+    hardware, versions, runs = hardware_facts(), version_facts(), find_goodput(workdir)
     summary: dict[str, Any] = {name: found.summary for name, found in findings.items()}
-    summary |= {"wall_seconds": wall_seconds, "hardware": hardware, "versions": versions}
+    summary["goodput"] = sum_goodput(runs.values()).goodput
+    summary |= {
+        "wall_seconds": wall_seconds,
+        "goodput": goodput,
+        "hardware": hardware,
+        "versions": versions,
+    }
     write_atomically(workdir / "summary.json", json.dumps(entry.plain(summary), indent=1))
     sections = (
         *(found.section for found in findings.values()),
-        Section("Wall time", tables=(wall_time_table(wall_seconds),)),
+        Section("Wall time", tables=(wall_time_table(wall_seconds), goodput_table(runs))),
         Section("Made with", tables=(facts_table(hardware), facts_table(versions))),
     )
     headline = {

@@ -13,6 +13,7 @@ from rich.table import Table
 from experiments import entry
 from experiments.loading import load_model_config, read_config
 from llm.scaling.accounting import num_active_params, num_params, training_flops_per_token
+from llm.training.goodput import read_goodput
 from llm.training.loading import load_params, verify
 from llm.training.manifests import CHECKPOINTS, list_steps, read_ledger, read_manifest
 
@@ -40,6 +41,7 @@ def main() -> None:
         "steps": list_steps(_WORKDIR.value),
         "params_digest": loaded.digest,
         "ledger": ledger,
+        "goodput": read_goodput(_WORKDIR.value),
     }
     if _VERIFY.value:
         report["verified"] = verify(_WORKDIR.value)
@@ -69,6 +71,7 @@ def _show(report: dict, arrays: dict[str, dict]) -> None:
         f"step {report['step']} of {report['total_steps']}, {report['tokens_seen']:,} tokens seen, "
         f"checkpoints at {report['steps']}"
     )
+    console.print(report["goodput"].describe())
     console.print(f"digest of the parameters: {report['params_digest']}")
     for step in report.get("verified", []):
         verdict = "; ".join(step.problems) or "every byte and array as saved"

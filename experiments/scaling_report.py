@@ -27,10 +27,16 @@ from experiments.scaling_figures import (
 )
 from llm.evaluation.facts import hardware_facts, version_facts
 from llm.evaluation.report import Figure, Report, Section, Table, write_report
-from llm.evaluation.tables import facts_table, format_duration, wall_time_table
+from llm.evaluation.tables import (
+    facts_table,
+    format_duration,
+    goodput_table,
+    wall_time_table,
+)
 from llm.scaling.config import LadderConfig
 from llm.scaling.runs import NotIdentifiableError, Runs
 from llm.training.files import write_atomically
+from llm.training.goodput import find_goodput, sum_goodput
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -62,17 +68,22 @@ def write_scaling_report(
     if rates:
         sections.append(_transfer_section(rates))
         summary["best_learning_rates"] = {n: best_rates(found) for n, found in rates.items()}
-    hardware, versions = hardware_facts(), version_facts()
+    hardware, versions, runs = hardware_facts(), version_facts(), find_goodput(workdir)
     sections += [
-        Section("Wall time", tables=(wall_time_table(wall_seconds),)),
+        Section("Wall time", tables=(wall_time_table(wall_seconds), goodput_table(runs))),
         Section("Made with", tables=(facts_table(hardware), facts_table(versions))),
     ]
-    summary |= {"wall_seconds": wall_seconds, "hardware": hardware, "versions": versions}
+    summary["goodput"] = sum_goodput(runs.values()).goodput
+    summary |= {
+        "wall_seconds": wall_seconds,
+        "goodput": goodput,
+        "hardware": hardware,
+        "versions": versions,
+    }
     write_atomically(workdir / "summary.json", json.dumps(entry.plain(summary), indent=1))
     _write_plotted(workdir / "plotted.csv", plotted)
-    runs = {row["run"] for row in rows}
     facts = {
-        "runs": f"{len(runs)}",
+        "runs": f"{len({row['run'] for row in rows})}",
         "parameters": f"{min(r['params'] for r in rows):,} to {max(r['params'] for r in rows):,}",
         "wall time": format_duration(wall_seconds["total"]),
         "config": "config.json, overrides included",

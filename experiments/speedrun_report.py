@@ -19,11 +19,13 @@ from llm.evaluation.tables import (
     facts_table,
     format_duration,
     format_power,
+    goodput_table,
     model_table,
     wall_time_table,
     write_summary,
 )
 from llm.scaling.accounting import num_active_params, num_params, training_flops_per_token
+from llm.training.goodput import find_goodput
 from llm.training.metrics import read_metrics
 
 # Policies in summary.json, by the names of their stages.
@@ -55,7 +57,7 @@ def write_speedrun_report(
         "training_flops": flops_per_token * num_tokens,
     }
     rows = read_metrics(workdir / "pretrain")
-    facts, versions = hardware_facts(), version_facts()
+    facts, versions, runs = hardware_facts(), version_facts(), find_goodput(workdir)
     write_summary(
         workdir / "summary.json",
         bits=bits_per_byte,
@@ -75,6 +77,7 @@ def write_speedrun_report(
         },
         rl_kl=alignment["curve"][-1]["kl"],
         alignment=alignment,
+        goodput={name: report.goodput for name, report in runs.items()},
         hardware=facts,
         versions=versions,
     )
@@ -97,7 +100,7 @@ def write_speedrun_report(
             ),
         ),
         _data_section(tokenizer, data),
-        Section("Wall time", tables=(wall_time_table(wall_seconds),)),
+        Section("Wall time", tables=(wall_time_table(wall_seconds), goodput_table(runs))),
         Section("Made with", tables=(facts_table(facts), facts_table(versions))),
     )
     headline = {

@@ -11,6 +11,7 @@ from etils import epath
 
 from experiments.entry import plain
 from llm.training.files import write_atomically
+from llm.training.goodput import start_stage
 from llm.training.run_config import check_config, record_config
 
 _FILE = "stages.json"
@@ -48,6 +49,7 @@ class Stages:
             self._say(f"{name}: done before, in {entry['seconds']:.0f} s")
             return entry["result"]
         self._say(f"{name} …")
+        start_stage()
         with self._timed(entry):
             result = plain(stage())
             entry["result"] = result

@@ -13,6 +13,7 @@ from etils import epath
 from llm.evaluation.report import Table
 from llm.models.config import TransformerConfig
 from llm.training.files import write_atomically
+from llm.training.goodput import CAUSES, GoodputReport, sum_goodput
 
 # In the order of tables and charts.
 PREDICTOR_LABELS = {
@@ -67,6 +68,24 @@ def wall_time_table(wall_seconds: Mapping[str, float]) -> Table:
     rows = tuple((name, float(x), 100 * x / total) for name, x in stages.items())
     caption = f"Together {format_duration(total)}."
     return Table(("Stage", "Seconds", "Share (%)"), rows, caption, decimals=1)
+
+
+def goodput_table(runs: Mapping[str, GoodputReport], most_rows: int = 12) -> Table:
+    """Return where the time of runs went, in percent; of many runs, of all together."""
+    reports = dict(runs)
+    if len(reports) > most_rows:
+        reports = {f"{len(reports)} runs": sum_goodput(reports.values())}
+    rows = []
+    for name, report in reports.items():
+        total = max(report.total_seconds, 1e-9)
+        shares = (100 * report.seconds[cause] / total for cause in CAUSES)
+        rows.append((name, report.starts, report.total_seconds, *shares))
+    caption = (
+        "Of each run's time, over all its starts; train is goodput, redo are steps that were done "
+        "before. Time between starts is not counted."
+    )
+    columns = ("Run", "Starts", "Seconds", *(f"{cause} (%)" for cause in CAUSES))
+    return Table(columns, tuple(rows), caption, decimals=1)
 
 
 def model_table(

@@ -8,7 +8,7 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax.monitoring
 from etils import epath
@@ -35,6 +35,12 @@ def _process_age_seconds() -> float:
 
 # The process's time is one thing, whatever runs share it: since when it belongs to none of them.
 _free_since = time.monotonic() - _process_age_seconds()
+
+
+def start_stage() -> None:
+    """Let what the process did until now count for no run: the next one begins here."""
+    global _free_since
+    _free_since = time.monotonic()
 
 
 class Goodput:
@@ -186,8 +192,19 @@ def read_goodput(workdir: epath.PathLike) -> GoodputReport:
     return GoodputReport(seconds, len(rows))
 
 
-def sum_goodput(reports: list[GoodputReport]) -> GoodputReport:
+def find_goodput(workdir: epath.PathLike) -> dict[str, GoodputReport]:
+    """Return the reports of all runs below a job's directory, by their paths in it."""
+    workdir = epath.Path(workdir)
+    folders = sorted(path for path in workdir.glob(f"**/{GOODPUT}") if path.is_dir())
+    return {
+        folder.parent.relative_to(workdir).as_posix(): read_goodput(folder.parent)
+        for folder in folders
+    }
+
+
+def sum_goodput(reports: Iterable[GoodputReport]) -> GoodputReport:
     """Return the report of several runs together."""
+    reports = list(reports)
     seconds = {cause: sum(report.seconds[cause] for report in reports) for cause in CAUSES}
     return GoodputReport(seconds, sum(report.starts for report in reports))
 
