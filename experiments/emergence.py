@@ -87,7 +87,6 @@ def write_emergence_report(
     summary["goodput"] = sum_goodput(runs.values()).goodput
     summary |= {
         "wall_seconds": wall_seconds,
-        "goodput": goodput,
         "hardware": hardware,
         "versions": versions,
     }

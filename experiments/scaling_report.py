@@ -76,7 +76,6 @@ def write_scaling_report(
     summary["goodput"] = sum_goodput(runs.values()).goodput
     summary |= {
         "wall_seconds": wall_seconds,
-        "goodput": goodput,
         "hardware": hardware,
         "versions": versions,
     }
