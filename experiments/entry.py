@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import difflib
 import dis
+import errno
 import importlib.util
 import json
 import math
@@ -34,6 +35,7 @@ USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 # The operating system's own words about a path of the user's.
 _PATH_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 # Where print_json writes: the real standard output once --json has turned fd 1 to standard error.
 _json_output = sys.stdout
@@ -227,6 +229,8 @@ def _is_users_mistake(error: Exception) -> bool:
     is a bug.
     """
     if isinstance(error, _PATH_ERRORS):
+        return True
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return True
     if _is_house(type(error).__module__):
         return True

@@ -25,13 +25,9 @@ from llm.training.progress import Progress
 from llm.training.run_config import RunConfig, check_config, config_digest, record_config
 from llm.training.saver import Saver
 from llm.training.spikes import SpikeWatch
-from llm.training.step_log import SKIPPED, Amounts, StepLog, StepMetrics
+from llm.training.step_log import Amounts, StepLog, StepMetrics
 
 log = logging.getLogger(__name__)
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had no finite loss or gradient."""
 
 
 class Run:
@@ -127,8 +123,7 @@ class Run:
             stack.callback(self._metrics.close)
             stack.callback(self._progress.close)
             writer = self._metrics if self._primary else None
-            every = run_config.log_every_steps
-            self._log = StepLog(writer, self._progress, self._amounts, every)
+            self._log = StepLog(writer, self._progress, self._amounts, run_config)
             self._saver = Saver(self.workdir, run_config, writer, self.total_steps, self.say)
             self._profile = ProfileWindow(
                 self.workdir / "profile",
@@ -148,7 +143,7 @@ class Run:
         with self._cleanup:
             try:
                 with self._goodput.during("save"):
-                    self._judge(self._log.read())
+                    self._read_log()
                     # After an error the rest of this step's body, an evaluation, is still due.
                     self._saver.commit(self.step, body_done=error is None)
                     self._saver.checkpointer.close()
@@ -222,7 +217,7 @@ class Run:
         self._body_done = False
         self._preemption.armed = True
         sequences = None if self._feed is None else self._feed.sequences
-        self._judge(self._log.push(self.step, metrics, sequences))
+        self._observe(self._log.push(self.step, metrics, sequences))
         if self._profile.after_step(self.step, (state, metrics)):
             self.say(f"profile written to {self.workdir / 'profile'}")
         self._state = state
@@ -251,7 +246,7 @@ class Run:
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write scalars by name, such as {"eval/loss": 3.2}, as one line at this step."""
-        self._judge(self._log.read())  # the training metrics of this step come first
+        self._read_log()  # the training metrics of this step come first
         if self._primary:
             self._metrics.write(self.step, metrics)
 
@@ -265,34 +260,23 @@ class Run:
         if self._primary:
             self._progress.say(text)
 
-    def _judge(self, found: StepMetrics | None) -> None:
-        """Look at a step's loss: give up when too many in a row are not finite."""
+    def _read_log(self) -> None:
+        """Read the metrics of the last step, if nobody has."""
+        self._observe(self._log.read())
+
+    def _observe(self, found: StepMetrics | None) -> None:
         if found is None:
             return
         if found.step == self._first_step + 1:
             self.say(f"first step done {self._goodput.describe_start()}")
-        skipped, most = found.values.get(SKIPPED, 0), self.run_config.max_skipped_in_a_row
-        if not skipped:
-            if "train/loss" in found.values and found.sequences is not None:
-                self._spikes.observe(found.step, found.values["train/loss"], found.sequences)
-            return
-        begin, end = found.sequences or (None, None)
-        self.say(
-            f"step {found.step}: loss or gradient is not finite; parameters are left as they were"
-            + ("" if end is None else f" (sequences {begin} to {end - 1} of the data)")
-        )
-        if skipped >= most:
-            raise NonFiniteError(
-                f"{skipped} steps in a row up to step {found.step} had no finite loss or gradient "
-                f"(run.max_skipped_in_a_row={most}). The parameters are those before them: lower "
-                "the learning rate, or look at the data"
-            )
+        if found.finite and found.sequences is not None and "train/loss" in found.values:
+            self._spikes.observe(found.step, found.values["train/loss"], found.sequences)
 
     # ------------------------------------------------------------------------------ saving
 
     def _save(self) -> None:
         """Start saving the current step."""
-        self._judge(self._log.read())  # a checkpoint must not be newer than the log
+        self._read_log()  # a checkpoint must not be newer than the log
         with self._goodput.during("save"):
             cursor = getattr(self._state, "cursor", None)
             notes = {

@@ -1,5 +1,5 @@
 """The metrics of steps, read one step late so that the devices always have the next one to work on.
-Logged, shown, and handed to whoever judges them. Second floor."""
+Logged, shown, and judged: too many in a row that are not finite end a run. Second floor."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,8 +9,13 @@ import jax
 
 from llm.training.metrics import MetricsWriter, to_float
 from llm.training.progress import Progress, Throughput
+from llm.training.run_config import RunConfig
 
-SKIPPED = "train/skipped_in_a_row"
+_SKIPPED = "train/skipped_in_a_row"
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had no finite loss or gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +36,25 @@ class StepMetrics:
     values: Mapping[str, float | int]
     sequences: tuple[int, int] | None  # of the global order, from … up to, where there is one
 
+    @property
+    def finite(self) -> bool:
+        """Whether the step changed anything: else its loss or gradient was not finite."""
+        return not self.values.get(_SKIPPED)
+
 
 class StepLog:
     """Takes each step's metrics as they are on the devices, and reads the step before's."""
 
     def __init__(
-        self, metrics: MetricsWriter | None, progress: Progress, amounts: Amounts, log_every: int
+        self,
+        metrics: MetricsWriter | None,
+        progress: Progress,
+        amounts: Amounts,
+        run_config: RunConfig,
     ):
         """`metrics` is None on all processes but the first: they only read."""
         self._metrics, self._progress = metrics, progress
-        self._amounts, self._log_every = amounts, log_every
+        self._amounts, self._run_config = amounts, run_config
         self.throughput = Throughput()
         self._pending: tuple[int, Mapping[str, Any], tuple[int, int] | None] | None = None
 
@@ -61,21 +75,44 @@ class StepLog:
         self._pending = None
 
     def read(self) -> StepMetrics | None:
-        """Wait for the last step pushed, log and show it; None where it was read before."""
+        """Wait for the last step pushed, log and show it; None where it was read before.
+
+        Raises:
+          NonFiniteError: run.max_skipped_in_a_row steps had no finite loss or gradient.
+        """
         if self._pending is None:
             return None
         (step, metrics, sequences), self._pending = self._pending, None
         values = {name: to_float(name, x) for name, x in jax.device_get(dict(metrics)).items()}
-        if values.get(SKIPPED) and sequences is not None:
+        found = StepMetrics(step, values, sequences)
+        if not found.finite and sequences is not None:
             values["train/sequences_begin"], values["train/sequences_end"] = sequences
-        due = step % self._log_every == 0 or step in (1, self._amounts.total_steps)
+        every = self._run_config.log_every_steps
+        due = step % every == 0 or step in (1, self._amounts.total_steps)
         mean_seconds = self.throughput.end_interval() if due else None
         if self._metrics is not None:
-            if due or values.get(SKIPPED):
+            if due or not found.finite:
                 # What a stage measures itself stands: not all its positions are tokens, perhaps.
                 self._metrics.write(step, self._speed(mean_seconds) | values)
             self._show(step, values)
-        return StepMetrics(step, values, sequences)
+        if not found.finite:
+            self._judge(found)
+        return found
+
+    def _judge(self, found: StepMetrics) -> None:
+        begin, end = found.sequences or (None, None)
+        if self._metrics is not None:
+            self._progress.say(
+                f"step {found.step}: loss or gradient is not finite; parameters are left as they "
+                "were" + ("" if end is None else f" (sequences {begin} to {end - 1} of the data)")
+            )
+        skipped, most = found.values[_SKIPPED], self._run_config.max_skipped_in_a_row
+        if skipped >= most:
+            raise NonFiniteError(
+                f"{skipped} steps in a row up to step {found.step} had no finite loss or gradient "
+                f"(run.max_skipped_in_a_row={most}). The parameters are those before them: lower "
+                "the learning rate, or look at the data"
+            )
 
     def _show(self, step: int, values: Mapping[str, float | int]) -> None:
         seconds = self.throughput.seconds_per_step

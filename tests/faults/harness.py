@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llm.training.manifests import LEDGER, list_steps, read_ledger
@@ -20,9 +20,8 @@ _PATIENCE_SECONDS = 300.0
 
 
 class Kill(NamedTuple):
-    """A kill -9: seconds after the start, and the steps logged and committed by then."""
+    """A kill -9: the steps logged and committed by then."""
 
-    seconds: float
     logged_step: int
     committed_step: int
 
@@ -50,6 +49,15 @@ def finish(child: subprocess.Popen, expect: int = 0) -> str:
     said = child.communicate(timeout=_PATIENCE_SECONDS)[1]
     assert child.returncode == expect, said
     return said
+
+
+def wait_until(ready: Callable[[], object], child: subprocess.Popen) -> None:
+    """Wait while a child runs until something is so."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not ready():
+        assert child.poll() is None, child.communicate()[1]
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.01)
 
 
 def make_life(folder: pathlib.Path, stages: Mapping[str, Sequence[str]]) -> None:
@@ -112,7 +120,7 @@ def run_with_kills(
         child.kill()
         child.communicate()
         logged, committed = _steps(workdir)
-        kills.append(Kill(time.monotonic() - began, logged, committed))
+        kills.append(Kill(logged, committed))
     finish(start(stage, folder, workdir, *flags))
     return kills
 

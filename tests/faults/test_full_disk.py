@@ -10,7 +10,7 @@ import pytest
 from llm.training.loading import verify
 from llm.training.manifests import list_steps
 from llm.training.metrics import read_metrics
-from tests.faults.harness import finish, make_life, outcome, start
+from tests.faults.harness import finish, make_life, outcome, start, wait_until
 
 STEPS = ("--config.total_steps=120", "--config.run.save_every_steps=8")
 GO_ON = "--config.run.go_on_after_failed_save=True"
@@ -54,18 +54,10 @@ def read_only(disk, workdir):
     subprocess.run(["chattr", "-i", str(workdir / "checkpoints")], check=True)
 
 
-def wait_for(ready, child):
-    deadline = time.monotonic() + 120
-    while not ready():
-        assert child.poll() is None, child.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_without_being_asked_to_go_on_it_ends_loudly(small_disk, folder):
     workdir = small_disk / "run"
     child = start("pretrain", folder, workdir, *STEPS)
-    wait_for(lambda: len(list_steps(workdir)) > 1, child)
+    wait_until(lambda: len(list_steps(workdir)) > 1, child)
     with full(small_disk, workdir) as reason:
         said = " ".join(finish(child, expect=2).split())
     assert reason in said
@@ -81,7 +73,7 @@ def test_without_being_asked_to_go_on_it_ends_loudly(small_disk, folder):
 def test_asked_to_go_on_it_trains_and_saves_when_it_can_again(small_disk, folder, fault):
     workdir = small_disk / "run"
     child = start("pretrain", folder, workdir, *STEPS, GO_ON)
-    wait_for(lambda: len(list_steps(workdir)) > 1, child)
+    wait_until(lambda: len(list_steps(workdir)) > 1, child)
     with fault(small_disk, workdir) as reason:
         last = list_steps(workdir)[-1]
         time.sleep(1.0)

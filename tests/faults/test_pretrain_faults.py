@@ -18,6 +18,7 @@ from tests.faults.harness import (
     outcome,
     run_with_kills,
     start,
+    wait_until,
 )
 
 FLAGS = ("--config.total_steps=24", "--config.run.replay_every_steps=6")
@@ -56,8 +57,7 @@ m.hash_files = slow
 def test_more_signals_in_the_middle_of_the_last_save_are_safe(folder):
     workdir = folder / "pretrain_preempted"
     child = start("pretrain", folder, workdir, *FLAGS, patch=SLOW_SAVES)
-    while child.poll() is None and len(read_metrics(workdir)) < 3:
-        time.sleep(0.01)
+    wait_until(lambda: len(read_metrics(workdir)) >= 3, child)
     child.send_signal(signal.SIGTERM)
     for number in (signal.SIGTERM, signal.SIGINT):  # saving takes more than twice as long
         time.sleep(0.3)

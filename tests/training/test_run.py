@@ -23,13 +23,15 @@ from llm.training.loading import load_params, verify
 from llm.training.manifests import list_steps, read_ledger
 from llm.training.metrics import read_metrics
 from llm.training.profiling import ProfileWindow
-from llm.training.run import NonFiniteError, Run
+from llm.training.run import Run
 from llm.training.run_config import (
     ConfigChangedError,
     RunConfig,
     check_config,
     config_difference,
 )
+from llm.training.step_log import NonFiniteError
+from tests.faults.harness import wait_until
 
 TOY = pathlib.Path(__file__).with_name("toy_loop.py")
 REPOSITORY = TOY.parents[2]
@@ -211,14 +213,6 @@ def test_kill_9_at_a_random_time(tmp_path, unbroken):
     assert_goes_on_as_unbroken(tmp_path, unbroken)
 
 
-def wait_until(ready, child):
-    deadline = time.monotonic() + 60
-    while not ready():
-        assert child.poll() is None, child.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_moves_to_eight_devices_and_back(tmp_path, unbroken):
     mesh = jax.make_mesh((8,), ("fsdp",))
 
@@ -282,6 +276,37 @@ def test_gives_up_after_too_many_steps_without_a_finite_gradient(tmp_path):
             state, metrics = toy_step(state, bad)
             state = run.after_step(state, metrics)
     assert run.step == 4  # read one step late
+
+
+class PoisonedBatches(ToyBatches):
+    """From sequence 16 on there is nothing but NaN."""
+
+    def __next__(self):
+        batch = super().__next__()
+        if self.cursor > 16:
+            batch["x"] = np.full(4, np.nan, np.float32)
+        return batch
+
+
+def test_steps_that_are_not_finite_name_their_sequences_and_count_over_a_restart(tmp_path, capfd):
+    config = RunConfig(max_skipped_in_a_row=4, log_every_steps=100, save_every_steps=2)
+
+    def train(stop_after):
+        run = Run(tmp_path, {}, config, total_steps=12, tokens_per_step=1)
+        with run:
+            state, batches = run.restore(toy_state(), PoisonedBatches())
+            while run.step < stop_after:
+                state = run.after_step(*toy_step(state, next(batches)))
+
+    train(6)
+    rows = {row["step"]: row for row in read_metrics(tmp_path)}
+    assert sorted(rows) == [1, 5, 6]  # logged though no log is due
+    assert (rows[6]["train/sequences_begin"], rows[6]["train/sequences_end"]) == (20, 24)
+    with pytest.raises(NonFiniteError, match="4 steps in a row up to step 8"):
+        train(12)
+    said = " ".join(capfd.readouterr().err.split())
+    assert "step 5: loss or gradient is not finite; parameters are left as they were" in said
+    assert "(sequences 16 to 19 of the data)" in said
 
 
 def test_metrics_are_read_one_step_late(tmp_path):
