@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from etils.epath import backend
 from jax.sharding import NamedSharding, PartitionSpec
 from toy_loop import toy_state, toy_step
 
@@ -246,6 +247,46 @@ def test_retention(tmp_path):
     checkpointer.close()
     assert list_steps(tmp_path) == [3, 6, 7]
     assert [row["step"] for row in read_ledger(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "goes_on_from"),
+    [(manifests, "hash_files", 1), (manifests, "write_manifest", 1),
+     (checkpoints, "append_json_line", 2), (backend._OsPathBackend, "rename", 2),
+     (backend._OsPathBackend, "rmtree", 2)],
+)  # fmt: skip
+def test_retention_that_breaks_off_leaves_a_good_step(
+    tmp_path, monkeypatch, owner, name, goes_on_from
+):
+    """With one step kept, whichever operation between two saves is the last, one is whole."""
+    checkpointer = Checkpointer(tmp_path, keep_newest=1)
+    checkpointer.save(1, state_at(1))
+    checkpointer.wait()
+    broken = threading.Event()
+
+    def stop(*args, **kwargs):
+        broken.set()
+        raise KeyboardInterrupt("the machine goes off here")
+
+    with monkeypatch.context() as patch:
+        real = getattr(owner, name)
+        # Orbax renames and removes too, before: only what concerns the older step breaks off.
+        patch.setattr(
+            owner, name, lambda *a, **k: stop() if broken_here(name, a) else real(*a, **k)
+        )
+        checkpointer.save(2, state_at(2))
+        assert broken.wait(30)
+        checkpointer._saving.exception()
+    assert restore(tmp_path).manifest["step"] == goes_on_from
+    assert all(not report.problems for report in verify(tmp_path))
+    checkpointer._saving = None
+    checkpointer.close()
+
+
+def broken_here(name, arguments):
+    if name in ("rename", "rmtree"):
+        return any(str(a).endswith(("checkpoints/1", "deleted-1")) for a in arguments)
+    return True
 
 
 def test_the_last_good_step_outlives_a_failing_save(tmp_path, monkeypatch):
