@@ -114,7 +114,7 @@ def _check_flags() -> None:
 
 
 def _load_batched_model() -> BatchedModel:
-    config, params, tokenizer = load_model(_MODEL.value)
+    config, params, tokenizer, _ = load_model(_MODEL.value)
     if _LENGTH.value and config.positions == "learned" and _LENGTH.value > config.max_length_tokens:
         raise ValueError(
             f"--max_length={_LENGTH.value}: the model has {config.max_length_tokens} positions"

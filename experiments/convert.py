@@ -20,6 +20,7 @@ from experiments.loading import (
     load_model,
     load_model_config,
     load_section,
+    origin_of,
     read_config,
 )
 from llm.data.config import DataConfig, TokenizerConfig
@@ -79,6 +80,7 @@ def main() -> None:
             model.tokenizer,
             dtype=_DTYPE.value,
             max_shard_bytes=_MAX_SHARD.value,
+            origin=model.origin,
         )
     print(f"{_SOURCE.value} → {target} ({kind})")
 
@@ -95,8 +97,9 @@ def save_adapter(target: epath.Path) -> None:
         )
     adapter = load_section(_SOURCE.value, "adapter", AdapterConfig, default=AdapterConfig())
     model = Transformer(load_model_config(_SOURCE.value), adapter=adapter)
-    params = load_params(_SOURCE.value, _STEP.value, ema=_EMA.value).params
-    save_peft(target, model, params, base)
+    loaded = load_params(_SOURCE.value, _STEP.value, ema=_EMA.value)
+    origin = origin_of(_SOURCE.value, loaded, ema=_EMA.value)
+    save_peft(target, model, loaded.params, base, origin=origin)
     print(f"{_SOURCE.value} → {target} (peft, over {base})")
 
 
@@ -108,7 +111,7 @@ def save_workdir(target: epath.Path, model: LoadedModel) -> None:
     config = PretrainConfig(model=model.config, data=data, total_steps=1)
     model.tokenizer.save(target / "tokenizer")
     checkpointer = Checkpointer(target)
-    checkpointer.save(0, {"params": model.params})
+    checkpointer.save(0, {"params": model.params}, {"origin": dict(model.origin)})
     checkpointer.close()
     write_atomically(target / "config.json", config_to_json(config))
 

@@ -51,7 +51,7 @@ def main() -> None:
     if not _WORKDIR.value and not _TEXT.value:
         raise ValueError("--model needs --text=FILE: only a workdir has held-out text of its own")
     texts = {path: epath.Path(path).read_bytes() for path in _TEXT.value}
-    config, params, tokenizer = load_model(source)
+    config, params, tokenizer, _ = load_model(source)
     length = _LENGTH.value or min(config.max_length_tokens, 1024)
     if length > config.max_length_tokens and config.positions == "learned":
         raise ValueError(

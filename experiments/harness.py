@@ -65,7 +65,7 @@ def main() -> None:
     if _OUTPUT.value and not epath.Path(_OUTPUT.value).parent.is_dir():
         raise FileNotFoundError(f"--output={_OUTPUT.value}: its folder does not exist")
 
-    config, params, tokenizer = load_model(_MODEL.value)
+    config, params, tokenizer, _ = load_model(_MODEL.value)
     if _LENGTH.value and config.positions == "learned" and _LENGTH.value > config.max_length_tokens:
         raise ValueError(
             f"--max_length={_LENGTH.value}: the model has {config.max_length_tokens} positions"

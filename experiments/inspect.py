@@ -1,9 +1,12 @@
 """Show what a workdir holds: config, parameters, steps, tokens seen, digest.
 
-python -m experiments.inspect --workdir=runs/tiny [--verify] [--json]
+    python -m experiments.inspect --workdir=runs/tiny [--verify] [--json]
+
+Of a directory that experiments.convert has exported: which run and step it is.
 """
 
 import math
+import pathlib
 
 from absl import flags
 from etils import epath
@@ -11,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import entry
-from experiments.loading import load_model_config, read_config
+from experiments.loading import is_workdir, load_model_config, read_config
+from llm.interop.export_ledger import export_problems
+from llm.interop.export_ledger import read_ledger as read_export
 from llm.scaling.accounting import num_active_params, num_params, training_flops_per_token
 from llm.training.goodput import read_goodput
 from llm.training.loading import load_params, verify
@@ -23,6 +28,9 @@ _JSON = entry.define_json()
 
 
 def main() -> None:
+    if not is_workdir(_WORKDIR.value) and read_export(pathlib.Path(_WORKDIR.value)):
+        inspect_export(pathlib.Path(_WORKDIR.value))
+        return
     config, model = read_config(_WORKDIR.value), load_model_config(_WORKDIR.value)
     length = config["data"]["length_tokens"]
     loaded = load_params(_WORKDIR.value)
@@ -49,6 +57,20 @@ def main() -> None:
         entry.print_json(report)
         return
     _show(report, manifest["arrays"])
+
+
+def inspect_export(directory: pathlib.Path) -> None:
+    """Show what an exported directory was made from, and whether it still is that."""
+    ledger = read_export(directory)
+    problems = export_problems(directory) if _VERIFY.value else None
+    if _JSON.value:
+        verified = {} if problems is None else {"problems": problems}
+        entry.print_json({"workdir": str(directory)} | ledger | verified)
+        return
+    console = Console()
+    console.print_json(data=ledger["origin"])
+    if problems is not None:
+        console.print("\n".join(problems) or f"{len(ledger['files'])} files: each as exported")
 
 
 def _show(report: dict, arrays: dict[str, dict]) -> None:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
@@ -14,8 +15,9 @@ from llm.interop.weights import load_weights
 from llm.models.adapters import merge_params
 from llm.models.config import AdapterConfig, TransformerConfig
 from llm.models.transformer import Transformer
-from llm.training.loading import load_params
-from llm.training.manifests import list_steps
+from llm.training.files import absolute
+from llm.training.loading import LoadedParams, load_params
+from llm.training.manifests import list_steps, read_ledger
 
 T = TypeVar("T")
 
@@ -26,6 +28,8 @@ class LoadedModel(NamedTuple):
     config: TransformerConfig
     params: dict
     tokenizer: Tokenizer
+    # Of a workdir's model, its run's name and what the ledger says of its step.
+    origin: Mapping[str, Any] = types.MappingProxyType({})
 
 
 class Start(NamedTuple):
@@ -51,11 +55,12 @@ def load_model(source: str, *, step: int | None = None, ema: bool = False) -> Lo
             raise ValueError(f"{source} holds a reward model, which scores texts and writes none")
         part = "policy" if "rollout" in fields else ""  # of a run with several models
         config = load_model_config(path)
-        params = load_params(path, step, part=part, ema=ema).params
+        loaded = load_params(path, step, part=part, ema=ema)
+        params, origin = loaded.params, origin_of(path, loaded, ema=ema)
         adapter = load_section(path, "adapter", AdapterConfig, default=AdapterConfig())
         if adapter != AdapterConfig():
             params = merge_params(Transformer(config, adapter=adapter), params)
-        return LoadedModel(config, params, load_tokenizer(path / "tokenizer"))
+        return LoadedModel(config, params, load_tokenizer(path / "tokenizer"), origin)
     if step is not None or ema:
         raise ValueError(f"{source} is not a workdir: it has no steps and no averaged parameters")
     if path.is_dir() and not any((path / n).exists() for n in ("config.json", PEFT_CONFIG)):
@@ -66,6 +71,13 @@ def load_model(source: str, *, step: int | None = None, ema: bool = False) -> Lo
     if found.tokenizer is None:
         raise ValueError(f"{source} has no tokenizer.json: put the model's own beside its weights")
     return LoadedModel(found.config, found.params, found.tokenizer)
+
+
+def origin_of(workdir: epath.PathLike, loaded: LoadedParams, *, ema: bool) -> dict[str, Any]:
+    """Return which parameters these are: run, the ledger's row of the step, and their digest."""
+    rows = {row["step"]: row for row in read_ledger(workdir)}
+    row = rows.get(loaded.step, {"step": loaded.step})
+    return {"run": absolute(workdir).name, "ema": ema} | row | {"params_digest": loaded.digest}
 
 
 def load_start(source: str, workdir: epath.PathLike, chat_template: str = "") -> Start:

