@@ -29,7 +29,7 @@ from llm.interop.peft import save_peft
 from llm.models.config import AdapterConfig
 from llm.models.transformer import Transformer
 from llm.training.checkpoints import Checkpointer
-from llm.training.files import write_atomically
+from llm.training.files import is_local, write_atomically
 from llm.training.loading import load_params
 
 _SOURCE = flags.DEFINE_string(
@@ -64,6 +64,8 @@ _MAX_SHARD = flags.DEFINE_integer(
 def main() -> None:
     kind = _FORMAT.value or ("huggingface" if is_workdir(_SOURCE.value) else "workdir")
     target = epath.Path(_TARGET.value)
+    if kind != "workdir" and not is_local(target):
+        raise ValueError(f"--target={target}: {kind} files are written to a local disk; copy them")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--target={target} exists and is not empty; name another, or remove it")
     if kind == "peft":

@@ -32,7 +32,7 @@ def main() -> None:
         inspect_export(pathlib.Path(_WORKDIR.value))
         return
     config, model = read_config(_WORKDIR.value), load_model_config(_WORKDIR.value)
-    length = config["data"]["length_tokens"]
+    length = _length_tokens(config)
     loaded = load_params(_WORKDIR.value)
     steps = epath.Path(_WORKDIR.value) / CHECKPOINTS
     manifest = read_manifest(steps / str(loaded.step))
@@ -57,6 +57,14 @@ def main() -> None:
         entry.print_json(report)
         return
     _show(report, manifest["arrays"])
+
+
+def _length_tokens(config: dict) -> int:
+    """Return the tokens of a row of whatever stage the config is of."""
+    for section in ("data", "comparisons"):
+        if section in config:
+            return config[section]["length_tokens"]
+    return config["rollout"]["prompt_tokens"] + config["rollout"]["response_tokens"]
 
 
 def inspect_export(directory: pathlib.Path) -> None:

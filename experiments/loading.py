@@ -15,7 +15,7 @@ from llm.interop.weights import load_weights
 from llm.models.adapters import merge_params
 from llm.models.config import AdapterConfig, TransformerConfig
 from llm.models.transformer import Transformer
-from llm.training.files import absolute
+from llm.training.files import absolute, is_local
 from llm.training.loading import LoadedParams, load_params
 from llm.training.manifests import list_steps, read_ledger
 
@@ -48,7 +48,7 @@ def load_model(source: str, *, step: int | None = None, ema: bool = False) -> Lo
       FileNotFoundError: there is nothing at `source`, or no such step.
       ValueError: what is there cannot be used; says why.
     """
-    path = epath.Path(source)
+    path = absolute(source)
     if is_workdir(path):
         fields = read_config(path)
         if "calibration_bins" in fields:
@@ -61,6 +61,8 @@ def load_model(source: str, *, step: int | None = None, ema: bool = False) -> Lo
         if adapter != AdapterConfig():
             params = merge_params(Transformer(config, adapter=adapter), params)
         return LoadedModel(config, params, load_tokenizer(path / "tokenizer"), origin)
+    if not is_local(path):
+        raise FileNotFoundError(f"{source} is not a workdir; other weights must be local")
     if step is not None or ema:
         raise ValueError(f"{source} is not a workdir: it has no steps and no averaged parameters")
     if path.is_dir() and not any((path / n).exists() for n in ("config.json", PEFT_CONFIG)):
@@ -102,7 +104,7 @@ def load_start(source: str, workdir: epath.PathLike, chat_template: str = "") ->
 
 def is_workdir(path: epath.PathLike) -> bool:
     """Whether a directory was made by one of our runs, rather than by Hugging Face's tools."""
-    file = epath.Path(path) / "config.json"
+    file = absolute(path) / "config.json"
     try:
         # theirs names its architecture
         return file.exists() and "model_type" not in json.loads(file.read_text())
@@ -134,7 +136,7 @@ def load_section(
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     """Return the fields of a workdir's config.json."""
-    file = epath.Path(workdir) / "config.json"
+    file = absolute(workdir) / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{workdir} is not a workdir: it has no config.json")
     try:

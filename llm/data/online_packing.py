@@ -6,12 +6,12 @@ import itertools
 import json
 import logging
 import os
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
 import numpy as np
+from etils import epath
 
 from llm.data.loader import Batch, local_sequences
 from llm.data.mixture import Mixture, make_mixture
@@ -46,8 +46,8 @@ class OnlineSetup:
 class OnlineBatches(Iterator[Batch]):
     """Batches as from `make_batches`, of rows packed while documents come in.
 
-    `seek` works from a journal in `state_dir`, one line a batch, written before the batch is
-    handed out: whatever cursor a checkpoint holds, its state is there.
+    `seek` works from a journal in `state_dir`, one line a batch (on an object store, one object),
+    written before the batch is handed out: whatever cursor a checkpoint holds, its state is there.
     """
 
     def __init__(
@@ -69,21 +69,14 @@ class OnlineBatches(Iterator[Batch]):
         self._cursor = 0
         self._journal = None
         if state_dir is not None:
-            if "://" in os.fspath(state_dir):
-                raise ValueError(
-                    f"online packing adds to a journal in {state_dir}, which must be a local "
-                    "folder; or use data.packing='global', whose state is in the checkpoint"
-                )
             name = f"online-host-{setup.host_index:05d}.jsonl"
-            self._journal = pathlib.Path(state_dir) / name
+            self._journal = epath.Path(state_dir) / name
 
     def __next__(self) -> Batch:
         batch = next(self._iterator)
         self._cursor += self._setup.global_batch_sequences
         if self._journal is not None:
-            self._journal.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._journal, "a", encoding="utf-8") as file:
-                file.write(json.dumps(self.get_state()) + "\n")
+            self._write_state(json.dumps(self.get_state()) + "\n")
         return {**batch, "cursor": np.uint32(self._cursor)}
 
     def get_state(self) -> dict[str, Any]:
@@ -128,6 +121,14 @@ class OnlineBatches(Iterator[Batch]):
         """Stop prefetching."""
         self._iterator.close()
 
+    def _write_state(self, line: str) -> None:
+        if _on_store(self._journal):  # which cannot append: an object a batch
+            _entry(self._journal, self._cursor).write_text(line)
+            return
+        self._journal.parent.mkdir(parents=True, exist_ok=True)
+        with self._journal.open("a") as file:
+            file.write(line)
+
     def _find_state(self, cursor: int) -> dict[str, Any]:
         if self._journal is None:
             raise OnlineStateError(
@@ -137,13 +138,22 @@ class OnlineBatches(Iterator[Batch]):
         # Host 0's journal too: a host that was not there before has none of its own.
         for path in (self._journal, self._journal.with_name("online-host-00000.jsonl")):
             found = None
-            if path.exists():
-                for line in path.read_text(encoding="utf-8").splitlines():
+            written = _entry(path, cursor) if _on_store(path) else path
+            if written.exists():
+                for line in written.read_text(encoding="utf-8").splitlines():
                     if line.startswith(f'{{"cursor": {cursor},'):
                         found = json.loads(line)
             if found is not None:
                 return found
         raise OnlineStateError(f"{self._journal} has no state for cursor {cursor}; start anew")
+
+
+def _on_store(journal: epath.Path) -> bool:
+    return "://" in os.fspath(journal)
+
+
+def _entry(journal: epath.Path, cursor: int) -> epath.Path:
+    return journal.with_suffix("") / f"{cursor:012d}.json"
 
 
 class _HostRows(grain.IterDataset):

@@ -4,9 +4,10 @@ and nothing is restored that does not agree with it to the bit."""
 import concurrent.futures
 import contextlib
 import logging
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from llm.training import manifests
+from llm.training import manifests, step_directories
 from llm.training.digests import (
     array_digests,
     combine_digests,
@@ -23,12 +24,10 @@ from llm.training.digests import (
     named_leaves,
     start_digest,
 )
-from llm.training.files import absolute, append_json_line, is_local
+from llm.training.files import absolute, append_json_line, is_local, local_copy
+from llm.training.lease import WorkdirInUseError
 from llm.training.manifests import CHECKPOINTS, LEDGER, CorruptStepError, list_steps, shorten
 from llm.training.stored_arrays import check_structure, nest, params_digest, read_arrays
-
-_TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's mark on a directory that it has not committed
-_DELETED = "deleted-"
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +48,37 @@ class Checkpointer:
 
     `save` returns when the arrays are copied from the devices; a thread then waits for Orbax's
     commit, hashes the files, writes the manifest and the ledger, and deletes steps that retention
-    no longer wants: never before a newer one is valid.
+    no longer wants: never before a newer one is valid. A workdir on an object store gets its files
+    from a temporary directory (of $TMPDIR), with room for one step.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, keep_newest: int = 3, keep_every_steps: int = 0):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        keep_newest: int = 3,
+        keep_every_steps: int = 0,
+        guard: Callable[[], None] = lambda: None,
+    ):
+        """`guard` raises where this process has lost the right to write in the workdir.
+
+        Raises:
+          ValueError: several processes are to save on an object store.
+        """
         self.workdir = absolute(workdir)
         self.directory = self.workdir / CHECKPOINTS
+        self._guard = guard
+        self._temporary = None
+        self._staging = self.directory  # where Orbax writes
+        if not is_local(self.workdir):
+            if jax.process_count() > 1:
+                raise ValueError(
+                    f"workdir {self.workdir} is on an object store, where {jax.process_count()} "
+                    "processes cannot save one checkpoint together: choose a directory that all "
+                    "hosts share, on NFS or a bucket mounted as a file system"
+                )
+            self._temporary = tempfile.TemporaryDirectory(prefix="checkpoints_")
+            self._staging = epath.Path(self._temporary.name)
         self._keep_newest = keep_newest
         self._keep_every_steps = keep_every_steps
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
@@ -73,8 +97,10 @@ class Checkpointer:
 
         Raises:
           CheckpointError: an earlier save failed, or this one could not start.
+          WorkdirInUseError: another run may be writing in the workdir.
         """
         self.wait()
+        self._guard()
         named = named_leaves(state)
         # Queued on the devices before the next step can overwrite a donated state; read later.
         digests = {name: start_digest(leaf) for name, leaf in named.items()}
@@ -85,8 +111,9 @@ class Checkpointer:
         self._saving_step, self._notes = step, dict(notes or {})
         self._committed.clear()
         try:
-            self._probe()
-            self._orbax.save(self._path(step), args=ocp.args.PyTreeSave(nest(named)))
+            if jax.process_index() == 0:
+                step_directories.probe(self.directory)
+            self._orbax.save(self._staging / str(step), args=ocp.args.PyTreeSave(nest(named)))
         except Exception as error:
             raise self._failure(error) from error
         self._saving = self._executor.submit(self._finish, step, arrays, digests)
@@ -130,12 +157,14 @@ class Checkpointer:
         finally:
             self._executor.shutdown()
             self._orbax.close()
+            if self._temporary is not None:
+                self._temporary.cleanup()
 
     def discard(self, steps: Sequence[int]) -> None:
         """Delete steps, on disk at once as if they had never been there."""
         if jax.process_index() == 0:
             for step in steps:
-                self._delete(step)
+                step_directories.delete(self.directory, step)
         if steps:
             _wait_for_all("discard")
 
@@ -151,7 +180,7 @@ class Checkpointer:
         """
         self.wait()
         self._remove_unfinished()
-        for step in reversed(manifests.step_numbers(self.directory)):
+        for step in reversed(step_directories.step_numbers(self.directory)):
             if at_most is not None and step > at_most:
                 continue
             try:
@@ -169,34 +198,34 @@ class Checkpointer:
             )
         return None
 
-    def _probe(self) -> None:
-        """Raise at once where no directory can be made: Orbax would wait for it for minutes."""
-        if jax.process_index() == 0 and is_local(self.directory):
-            probe = self.directory / f"{_DELETED}probe"
-            probe.mkdir(parents=True, exist_ok=True)
-            probe.rmdir()
-
     def _path(self, step: int) -> epath.Path:
         return self.directory / str(step)
 
     def _failure(self, error: Exception) -> CheckpointError:
         """Return what to raise, and remove what the failed save has left: it takes room."""
-        if jax.process_count() == 1:  # with several the next restore does it, when all agree
-            with contextlib.suppress(OSError):
-                self._remove_unfinished()
-        good = list_steps(self.workdir)
+        known = "Which step is the last good one cannot be asked now."
+        with contextlib.suppress(OSError, WorkdirInUseError):  # the first error is the one to see
+            if self._temporary is not None:
+                for path in self._staging.iterdir():
+                    path.rmtree()
+            self._guard()
+            if jax.process_count() == 1:  # with several the next restore does it, when all agree
+                with contextlib.suppress(OSError):
+                    self._remove_unfinished()
+            good = list_steps(self.workdir)
+            known = f"The last good step is {good[-1]}." if good else "There is no good step yet."
         return CheckpointError(
-            f"saving step {self._saving_step} to {self.directory} failed: {error!r}. "
-            + (f"The last good step is {good[-1]}." if good else "There is no good step yet.")
+            f"saving step {self._saving_step} to {self.directory} failed: {error!r}. {known}"
         )
 
     def _finish(self, step: int, arrays: dict[str, Any], digests: dict[str, Any]) -> None:
         """In the background: everything between the copy to the host and a valid step."""
         self._orbax.wait_until_finished()
         process, num_processes = jax.process_index(), jax.process_count()
-        files = manifests.hash_files(
-            self._path(step), process_index=process, num_processes=num_processes
-        )
+        staged = self._staging / str(step)
+        files = manifests.hash_files(staged, process_index=process, num_processes=num_processes)
+        self._guard()
+        step_directories.publish(staged, self._path(step), list(files))
         found = {name: finish_digest(sums) for name, sums in digests.items()}
         self._committed.wait()
         if process:
@@ -211,54 +240,48 @@ class Checkpointer:
             "arrays": {name: {**arrays[name], "digest": found[name]} for name in arrays},
             "files": files,
         }
+        self._guard()
         manifests.write_manifest(self._path(step), manifest)
         append_json_line(self.workdir / LEDGER, manifests.ledger_row(manifest))
         self._delete_unwanted(newest=step)
 
     def _restore_step(self, step: int, target: Any) -> Restored:
-        path = self._path(step)
-        manifest, problems = None, []
         try:
-            manifest = manifests.read_manifest(path)
-            problems = manifests.check_files(
-                path,
-                manifest,
-                process_index=jax.process_index(),
-                num_processes=jax.process_count(),
-            )
+            manifest = manifests.read_manifest(self._path(step))
         except CorruptStepError as error:
-            problems = [str(error)]
-        _raise_if_corrupt(problems)
-        wanted = named_leaves(target)
-        check_structure(manifest, wanted, path)
-        read = read_arrays(path, wanted)
+            _raise_if_corrupt([str(error)])
+        with local_copy(self._path(step)) as path:
+            _raise_if_corrupt(
+                manifests.check_files(
+                    path,
+                    manifest,
+                    process_index=jax.process_index(),
+                    num_processes=jax.process_count(),
+                )
+            )
+            wanted = named_leaves(target)
+            check_structure(manifest, wanted, self._path(step))
+            read = read_arrays(path, wanted)
         _raise_if_corrupt(manifests.check_arrays(manifest, array_digests(read)))
         structure = jax.tree.structure(target)
         return Restored(jax.tree.unflatten(structure, [read[name] for name in wanted]), manifest)
 
     def _set_aside(self, step: int, problem: str) -> None:
         if jax.process_index() == 0:
-            target, copies = self.directory / f"corrupt-{step}", 1
-            while target.exists():
-                copies += 1
-                target = self.directory / f"corrupt-{step}-{copies}"
             log.warning(
                 "checkpoint %s is corrupt: %s. Set aside as %s; trying an older step",
                 self._path(step),
                 problem,
-                target.name,
+                step_directories.set_aside(self.directory, step, problem),
             )
-            self._path(step).rename(target)
         _wait_for_all("set_aside")
 
     def _remove_unfinished(self) -> None:
         """Remove what a killed run left: steps that never became valid, and half-deleted ones."""
         if jax.process_index() == 0 and self.directory.exists():
             once_valid = {row["step"] for row in manifests.read_ledger(self.workdir)}
-            for path in self.directory.iterdir():
-                if _TEMPORARY in path.name or path.name.startswith(_DELETED):
-                    path.rmtree()
-            for step in manifests.step_numbers(self.directory):
+            step_directories.remove_remains(self.directory)
+            for step in step_directories.step_numbers(self.directory):
                 valid = (self._path(step) / manifests.MANIFEST).exists()
                 # Once in the ledger, a missing manifest is damage: restore names it.
                 if not valid and step not in once_valid:
@@ -279,13 +302,7 @@ class Checkpointer:
             keep |= {step for step in steps if step % self._keep_every_steps == 0}
         for step in steps:
             if step not in keep:
-                self._delete(step)
-
-    def _delete(self, step: int) -> None:
-        # Renamed first: a crash while deleting must not leave a step that looks whole.
-        doomed = self.directory / f"{_DELETED}{step}"
-        self._path(step).rename(doomed)
-        doomed.rmtree()
+                step_directories.delete(self.directory, step)
 
 
 def _raise_if_corrupt(problems: list[str]) -> None:

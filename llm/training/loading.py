@@ -11,8 +11,9 @@ from etils import epath
 
 from llm.training import manifests
 from llm.training.digests import array_digests, combine_digests, named_leaves
-from llm.training.files import absolute
+from llm.training.files import absolute, local_copy
 from llm.training.manifests import CHECKPOINTS, CorruptStepError, list_steps, shorten
+from llm.training.step_directories import step_numbers
 from llm.training.stored_arrays import nest, read_arrays
 
 log = logging.getLogger(__name__)
@@ -70,12 +71,13 @@ def _load_step(path: epath.Path, part: str, ema: bool, shardings: Any) -> Loaded
     wanted = _targets(
         {name: manifest["arrays"][full] for name, full in full_names.items()}, shardings
     )
-    # All files, though the parameters fill a part of them: whoever trusts these parameters trusts
-    # the step, and should hear that something of it is damaged.
-    problems = manifests.check_files(path, manifest)
-    if problems:
-        raise CorruptStepError(shorten(problems))
-    read = read_arrays(path, {full: wanted[name] for name, full in full_names.items()})
+    with local_copy(path) as copy:
+        # All files, though the parameters fill a part of them: whoever trusts these parameters
+        # trusts the step, and should hear that something of it is damaged.
+        problems = manifests.check_files(copy, manifest)
+        if problems:
+            raise CorruptStepError(shorten(problems))
+        read = read_arrays(copy, {full: wanted[name] for name, full in full_names.items()})
     digests = array_digests(read)
     problems = manifests.check_arrays(manifest, digests)
     if problems:
@@ -141,10 +143,7 @@ def verify(workdir: epath.PathLike) -> list[StepReport]:
     workdir = absolute(workdir)
     rows = {row["step"]: row for row in manifests.read_ledger(workdir)}
     directory = workdir / CHECKPOINTS
-    return [
-        _verify_step(directory / str(step), rows.get(step))
-        for step in manifests.step_numbers(directory)
-    ]
+    return [_verify_step(directory / str(step), rows.get(step)) for step in step_numbers(directory)]
 
 
 def _verify_step(path: epath.Path, ledger_row: dict[str, Any] | None) -> StepReport:
@@ -152,12 +151,13 @@ def _verify_step(path: epath.Path, ledger_row: dict[str, Any] | None) -> StepRep
         manifest = manifests.read_manifest(path)
     except CorruptStepError as error:
         return StepReport(int(path.name), 0, 0, 0, (str(error),))
-    problems = manifests.check_files(path, manifest)
-    if not problems:
-        # One array at a time: an audit should not need the memory of a whole state.
-        for name, wanted in _targets(manifest["arrays"]).items():
-            read = read_arrays(path, {name: wanted})
-            problems += manifests.check_arrays(manifest, array_digests(read))
+    with local_copy(path) as copy:
+        problems = manifests.check_files(copy, manifest)
+        if not problems:
+            # One array at a time: an audit should not need the memory of a whole state.
+            for name, wanted in _targets(manifest["arrays"]).items():
+                read = read_arrays(copy, {name: wanted})
+                problems += manifests.check_arrays(manifest, array_digests(read))
     if ledger_row is not None:
         expected = manifests.ledger_row(manifest)
         problems += [

@@ -1,4 +1,4 @@
-"""MANIFEST.json, written last and by rename, makes a checkpoint step valid.
+"""MANIFEST.json, written last and at one stroke, makes a checkpoint step valid.
 It holds the SHA-256 of every file and the checksum of every array, and a digest of itself."""
 
 import concurrent.futures
@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from llm.training.files import (
+    absolute,
     canonical_json,
     file_digest,
     fsync,
@@ -17,6 +18,7 @@ from llm.training.files import (
     text_digest,
     write_atomically,
 )
+from llm.training.step_directories import step_numbers
 
 CHECKPOINTS = "checkpoints"  # in the workdir: one directory a step
 LEDGER = "checkpoints.jsonl"  # in the workdir: one line for each step that was ever valid
@@ -32,22 +34,15 @@ class CorruptStepError(RuntimeError):
     """A checkpoint step is not what was written."""
 
 
-def step_numbers(directory: epath.Path) -> list[int]:
-    """Return the steps that have a directory, valid or not, in order."""
-    if not directory.exists():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
-
-
 def list_steps(workdir: epath.PathLike) -> list[int]:
     """Return the steps of a workdir that have a manifest, in order."""
-    directory = epath.Path(workdir) / CHECKPOINTS
+    directory = absolute(workdir) / CHECKPOINTS
     return [step for step in step_numbers(directory) if (directory / str(step) / MANIFEST).exists()]
 
 
 def read_ledger(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """Return a row for each checkpoint that was ever valid, deleted ones included."""
-    return [row for row in read_json_lines(epath.Path(workdir) / LEDGER) if "step" in row]
+    return [row for row in read_json_lines(absolute(workdir) / LEDGER) if "step" in row]
 
 
 def ledger_row(manifest: dict[str, Any]) -> dict[str, Any]:

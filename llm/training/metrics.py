@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llm.training.files import fsync, is_local, read_json_lines, write_atomically
+from llm.training.files import absolute, open_to_append, read_json_lines, write_atomically
 from llm.training.tensorboard import EventLog
 
 METRICS = "metrics.jsonl"
@@ -56,7 +56,7 @@ def encode(value: float | int | str) -> float | int | str:
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, float | int]]:
     """Return the lines of a workdir's metrics.jsonl; not-finite values are floats again."""
-    rows = read_json_lines(epath.Path(workdir) / METRICS)
+    rows = read_json_lines(absolute(workdir) / METRICS)
     return [
         {name: float(x) if isinstance(x, str) else x for name, x in row.items()} for row in rows
     ]
@@ -65,77 +65,46 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, float | int]]:
 class JsonLog:
     """A file of JSON lines, each with its step, in order."""
 
-    def __init__(self, path: epath.Path):
-        self._path = path
-        self._stream = None
-        self._size_bytes = 0  # of the whole lines in the file
-        self._unwritten = b""  # lines that a full disk has refused
+    def __init__(self, path: epath.Path, guard: Callable[[], None]):
+        self._path, self._guard = path, guard
+        self._file: Any = None
 
     def open(self, step: int, size_bytes: int | None) -> None:
         """Open for writing, cut to what was written up to a step.
 
         `size_bytes` is the file's size when that step's checkpoint was made, if it is known.
         """
-        if self._path.exists():
-            content = self._path.read_bytes()
-            kept = b"".join(
+
+        def keep(content: bytes) -> bytes:
+            return b"".join(
                 line + b"\n"
                 for line in content[:size_bytes].split(b"\n")[:-1]  # the last is torn, or empty
                 if _step_of(line) <= step
             )
-            if kept != content:
-                write_atomically(self._path, kept.decode())
-        local = is_local(self._path)  # unbuffered: what a full disk refuses is known at once
-        self._stream = (
-            open(os.fspath(self._path), "ab", buffering=0) if local else self._path.open("ab")
-        )
-        self._size_bytes = self._stream.tell()
+
+        self._file = open_to_append(self._path, keep, self._guard)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add a line, at once: a killed process loses none that it has written.
+        """Add a line: to a file at once, so that a killed process loses none that it has written.
 
         Raises:
           OSError: the disk is full, perhaps. The line is kept and written with the next one.
         """
         row = {"step": step} | {name: encode(value) for name, value in values.items()}
-        self._unwritten += json.dumps(row, allow_nan=False, ensure_ascii=False).encode() + b"\n"
-        self.flush()
-
-    def flush(self) -> None:
-        """Write the lines that could not be written before.
-
-        Raises:
-          OSError: they cannot be written now either.
-        """
-        written = 0
-        try:
-            while written < len(self._unwritten):
-                written += self._stream.write(self._unwritten[written:])
-            self._stream.flush()
-        except OSError:
-            if is_local(self._path):
-                os.ftruncate(self._stream.fileno(), self._size_bytes)  # no torn line stays
-            raise
-        self._size_bytes += written
-        self._unwritten = b""
+        self._file.append(json.dumps(row, allow_nan=False, ensure_ascii=False).encode() + b"\n")
 
     def sync(self) -> int:
-        """Bring the lines to the disk itself and return the file's size in bytes."""
-        self.flush()
-        fsync(self._path)
-        return self._size_bytes
+        """Bring the lines to the disk itself, or the store, and return their size in bytes."""
+        return self._file.sync()
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
-        if self._stream is not None:
-            stream = self._stream
+        if self._file is not None:
+            file, self._file = self._file, None
             try:
-                self.flush()
+                file.close()
             except OSError as error:
                 raise LogError(f"{self._path} lacks its last lines: {error}") from error
-            finally:
-                self._stream = None
-                stream.close()
 
 
 def _step_of(line: bytes) -> float | int:
@@ -149,12 +118,20 @@ class MetricsWriter:
     """Writes numbers and texts by name and step. Only the first process of a run has one.
 
     With `patient` a log that cannot be written is a warning: lines wait in memory for a disk with
-    room. TensorBoard's events do not wait; they go on at the next start.
+    room. TensorBoard's events do not wait; they go on at the next start. `guard` raises where this
+    process has lost the workdir, and is called before a log is put on an object store.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, wandb_project: str = "", patient: bool = False):
-        self._workdir, self._patient = epath.Path(workdir), patient
-        self._logs = {name: JsonLog(self._workdir / name) for name in (METRICS, TEXTS)}
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        wandb_project: str = "",
+        patient: bool = False,
+        guard: Callable[[], None] = lambda: None,
+    ):
+        self._workdir, self._patient = absolute(workdir), patient
+        self._logs = {name: JsonLog(self._workdir / name, guard) for name in (METRICS, TEXTS)}
         self._wandb_project = wandb_project
         self._tensorboard = None
         self._wandb = None

@@ -1,11 +1,14 @@
 """A window of steps recorded with jax.profiler into workdir/profile, for TensorBoard or Perfetto.
 Off the window it costs a comparison of two integers a step."""
 
+import contextlib
 import os
 from typing import Any
 
 import jax
 from etils import epath
+
+from llm.training.files import local_directory
 
 
 class ProfileWindow:
@@ -14,7 +17,7 @@ class ProfileWindow:
     def __init__(self, directory: epath.Path, start_step: int, num_steps: int):
         self._directory, self._start_step, self._num_steps = directory, start_step, num_steps
         self._first, self._last = 0, -1
-        self._active = False
+        self._active: contextlib.ExitStack | None = None
 
     def open(self, step: int, total_steps: int) -> None:
         """Place the window, counted from the step that the run goes on from.
@@ -34,9 +37,10 @@ class ProfileWindow:
         """
         if step + 1 == self._first and self._first <= self._last:
             jax.block_until_ready(outputs)
-            jax.profiler.start_trace(os.fspath(self._directory))
-            self._active = True
-        elif step == self._last and self._active:
+            self._active = contextlib.ExitStack()
+            folder = self._active.enter_context(local_directory(self._directory))
+            jax.profiler.start_trace(os.fspath(folder))
+        elif step == self._last and self._active is not None:
             jax.block_until_ready(outputs)
             self.close()
             return True
@@ -44,6 +48,7 @@ class ProfileWindow:
 
     def close(self) -> None:
         """Write what was traced so far."""
-        if self._active:
-            self._active = False
-            jax.profiler.stop_trace()
+        if self._active is not None:
+            active, self._active = self._active, None
+            with active:
+                jax.profiler.stop_trace()

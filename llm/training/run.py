@@ -104,11 +104,11 @@ class Run:
                 f"{jax.process_count()} processes disagree; use run.save_every_steps"
             )
         self._primary = jax.process_index() == 0
+        lock = Lock(self.workdir)
         with contextlib.ExitStack() as stack:
             stack.callback(self._goodput.close)
             if self._primary:
                 self.workdir.mkdir(parents=True, exist_ok=True)
-                lock = Lock(self.workdir)
                 lock.acquire()
                 stack.callback(lock.release)
                 record_config(self.workdir, self._config, self._config_changes)
@@ -119,12 +119,15 @@ class Run:
                 self.workdir,
                 wandb_project=run_config.wandb_project,
                 patient=run_config.go_on_after_failed_save,
+                guard=lock.check,
             )
             stack.callback(self._metrics.close)
             stack.callback(self._progress.close)
             writer = self._metrics if self._primary else None
             self._log = StepLog(writer, self._progress, self._amounts, run_config)
-            self._saver = Saver(self.workdir, run_config, writer, self.total_steps, self.say)
+            self._saver = Saver(
+                self.workdir, run_config, writer, self.total_steps, self.say, lock.check
+            )
             self._profile = ProfileWindow(
                 self.workdir / "profile",
                 run_config.profile_start_step,

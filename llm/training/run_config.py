@@ -9,7 +9,13 @@ from typing import Any
 
 from etils import epath
 
-from llm.training.files import append_json_line, canonical_json, text_digest, write_atomically
+from llm.training.files import (
+    absolute,
+    append_json_line,
+    canonical_json,
+    text_digest,
+    write_atomically,
+)
 
 CONFIG = "config.json"
 CHANGES = "changes.jsonl"
@@ -82,7 +88,7 @@ def check_config(
       ConfigChangedError: a key outside FREE_KEYS differs and no change is allowed.
       ValueError: the workdir's config.json cannot be read.
     """
-    path = epath.Path(workdir) / CONFIG
+    path = absolute(workdir) / CONFIG
     if not path.exists():
         _as_json(config)
         return {}
@@ -105,7 +111,7 @@ def record_config(
     workdir: epath.PathLike, config: Mapping[str, Any], difference: Mapping[str, tuple[Any, Any]]
 ) -> None:
     """Write config.json, and first, where it replaces another one, what changed and when."""
-    workdir = epath.Path(workdir)
+    workdir = absolute(workdir)
     if (workdir / CONFIG).exists():
         if not difference:
             return

@@ -25,8 +25,10 @@ class Saver:
         metrics: MetricsWriter | None,
         total_steps: int,
         say: Callable[[str], None],
+        guard: Callable[[], None],
     ):
-        """`metrics` is None on all processes but the first; `say` prints a line."""
+        """`metrics` is None on all processes but the first; `say` prints a line; `guard` raises
+        where the workdir is another run's by now."""
         self._run_config, self._total_steps = run_config, total_steps
         self._metrics, self._say = metrics, say
         self._saved_sizes: dict[str, int] = {}  # of the logs, when it was saved
@@ -36,6 +38,7 @@ class Saver:
             workdir,
             keep_newest=run_config.keep_newest_checkpoints,
             keep_every_steps=run_config.keep_every_steps,
+            guard=guard,
         )
 
     def go_on_from(self, step: int) -> None:

@@ -6,12 +6,16 @@ events wait for it for ever; its pieces are used here without that thread.
 
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Mapping
 
 from etils import epath
 
+from llm.training.files import is_local
+
 _FLUSH_SECONDS = 30.0
+_FILE_BYTES = 1 << 20  # on a store, where a file is put anew with every flush
 
 
 class EventLog:
@@ -20,15 +24,14 @@ class EventLog:
     def __init__(self, directory: epath.Path, step: int):
         """Begin a file that goes on after a step: what others hold beyond it is hidden."""
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # slow to import
-        from tensorboardX.record_writer import RecordWriter
 
         again = directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
-        # Nanoseconds: a quick restart must not overwrite the last file.
-        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
         self._event, self._flushed = Event, time.monotonic()
-        self._file = RecordWriter(os.fspath(directory / name))
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._directory, self._staging = directory, None
+        if not is_local(directory):
+            self._staging = tempfile.TemporaryDirectory(prefix="events_")
+        self._begin_file()
         if again:
             start = SessionLog(status=SessionLog.START)
             self._write(Event(wall_time=time.time(), step=step + 1, session_log=start))
@@ -48,13 +51,33 @@ class EventLog:
             self._add(step, text(name, content))
 
     def flush(self) -> None:
-        """Bring what was written to the disk."""
+        """Bring what was written to the disk, or the store."""
         self._flushed = time.monotonic()
         self._file.flush()
+        if self._staging is not None:
+            written = epath.Path(self._file.path)
+            (self._directory / written.name).write_bytes(written.read_bytes())
+            if written.stat().length > _FILE_BYTES:  # not ever more to put
+                self._file.close()
+                written.unlink()
+                self._begin_file()
 
     def close(self) -> None:
-        self._file.flush()
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+            if self._staging is not None:
+                self._staging.cleanup()
+
+    def _begin_file(self) -> None:
+        from tensorboardX.record_writer import RecordWriter
+
+        # Nanoseconds: a quick restart must not overwrite the last file.
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+        folder = self._directory if self._staging is None else epath.Path(self._staging.name)
+        self._file = RecordWriter(os.fspath(folder / name))
+        self._write(self._event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def _add(self, step: int, summary) -> None:
         self._write(self._event(wall_time=time.time(), step=step, summary=summary))

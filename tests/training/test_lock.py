@@ -69,9 +69,3 @@ def test_a_half_written_lock_file_still_names_something(tmp_path):
     with pytest.raises(WorkdirInUseError, match="another process"):
         Lock(tmp_path).acquire()
     lock.release()
-
-
-def test_object_stores_have_no_such_lock():
-    lock = Lock("gs://bucket/run")
-    lock.acquire()
-    lock.release()
