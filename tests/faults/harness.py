@@ -97,6 +97,7 @@ def run_with_kills(
     chance: random.Random,
     num_kills: int,
     *flags: str,
+    patch: str | None = None,
 ) -> list[Kill]:
     """Start a stage again and again, killed each time, and in the end let it finish.
 
@@ -106,7 +107,7 @@ def run_with_kills(
     kills: list[Kill] = []
     for _ in range(num_kills):
         before, began = _progress(workdir), time.monotonic()
-        child = start(stage, folder, workdir, *flags)
+        child = start(stage, folder, workdir, *flags, patch=patch)
         if chance.random() < 0.2:
             _sleep_or_exit(child, chance.uniform(0.0, 8.0))
         else:
@@ -121,7 +122,7 @@ def run_with_kills(
         child.communicate()
         logged, committed = _steps(workdir)
         kills.append(Kill(logged, committed))
-    finish(start(stage, folder, workdir, *flags))
+    finish(start(stage, folder, workdir, *flags, patch=patch))
     return kills
 
 

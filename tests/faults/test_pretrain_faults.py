@@ -4,6 +4,7 @@ benchmarks/faults.py kills every stage, more than a hundred times.
 """
 
 import random
+import shutil
 import signal
 import time
 
@@ -73,6 +74,46 @@ def test_more_signals_in_the_middle_of_the_last_save_are_safe(folder):
     assert odd <= {step}
     ours[".: ledger"] = [row for row in ours[".: ledger"] if row["step"] not in odd]
     assert ours == unbroken
+
+
+SPIKES = (
+    "--config.spikes.deviations=6",
+    "--config.spikes.window_steps=5",
+    "--config.spikes.rewind_steps=3",
+    "--config.spikes.skip_steps=4",
+    "--config.run.keep_newest_checkpoints=4",
+)
+OTHER_TARGETS_IN_STEP_FIFTEEN = """
+import llm.data.loader as loader
+real_next = loader.Batches.__next__
+def other_targets(self):
+    batch = real_next(self)
+    if batch["cursor"] == 60:
+        batch["targets"] = (7 * batch["targets"] + 13) % 256
+    return batch
+loader.Batches.__next__ = other_targets
+"""
+
+
+@pytest.mark.slow
+def test_a_loss_spike_is_gone_around_killed_or_not(folder):
+    """Two kills or none, or a replay that only follows the record: the same run."""
+    runs = [folder / f"pretrain_spiked_{name}" for name in ("whole", "killed", "replayed")]
+    flags = (*FLAGS, *SPIKES)
+    poisoned = {"patch": OTHER_TARGETS_IN_STEP_FIFTEEN}
+    said = " ".join(finish(start("pretrain", folder, runs[0], *flags, **poisoned)).split())
+    assert "step 15: the loss rose from" in said
+    assert "Going on from step 12, without sequences 48 to 63 of the data" in said
+    run_with_kills("pretrain", folder, runs[1], random.Random(0), 2, *flags, **poisoned)
+    runs[2].mkdir()
+    shutil.copy(runs[0] / "skipped_batches.jsonl", runs[2])
+    finish(start("pretrain", folder, runs[2], *FLAGS, "--config.run.keep_newest_checkpoints=4"))
+    ends = [outcome(run) for run in runs]
+    assert ends[0][".: ledger"][-1] == ends[1][".: ledger"][-1]
+    for end in ends[1:]:
+        assert end[".: metrics"] == ends[0][".: metrics"]
+        # Of another config, which the ledger names: with the rule, or without it.
+        assert end[".: ledger"][-1]["state_digest"] == ends[0][".: ledger"][-1]["state_digest"]
 
 
 FLIP_A_BIT_OF_A_GRADIENT_ONCE = """
