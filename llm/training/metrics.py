@@ -133,6 +133,7 @@ class MetricsWriter:
         self._workdir, self._patient = absolute(workdir), patient
         self._logs = {name: JsonLog(self._workdir / name, guard) for name in (METRICS, TEXTS)}
         self._wandb_project = wandb_project
+        self._waiting = False  # lines, for a disk with room
         self._tensorboard = None
         self._wandb = None
 
@@ -191,11 +192,14 @@ class MetricsWriter:
     def _attempt(self, write: Callable[[], None]) -> None:
         try:
             write()
+            self._waiting = False
         except OSError as error:
             text = f"a log in {self._workdir} cannot be written: {error}"
             if not self._patient:
                 raise LogError(text) from error
-            log.warning("%s; its lines wait for room", text)
+            if not self._waiting:  # once, until a line can be written again
+                log.warning("%s; its lines wait for room", text)
+            self._waiting = True
 
     def _to_tensorboard(self, write: Callable[[EventLog], None]) -> None:
         if self._tensorboard is None:

@@ -79,6 +79,7 @@ def test_asked_to_go_on_it_trains_and_saves_when_it_can_again(small_disk, folder
         time.sleep(1.0)
     said = " ".join(finish(child).split())
     assert "NOT SAVED" in said and reason in said
+    assert said.count("its lines wait for room") == (fault is full)  # not once a line
     assert list_steps(workdir)[-1] == 120
     ours, unbroken = digests(workdir), digests(folder / "pretrain")
     assert last in ours and len(ours) < len(unbroken)
