@@ -24,7 +24,7 @@ from experiments.phenomena.few_shot import describe_few_shot, few_shot_groups
 from experiments.phenomena.grokking import describe_grokking, grokking_groups
 from experiments.phenomena.induction import describe_induction, induction_groups
 from experiments.phenomena.parity import describe_parity, parity_groups
-from experiments.run_flags import WORKDIR
+from experiments.run_flags import WORKDIR, start_processes
 from experiments.stages import open_job
 from llm.evaluation.facts import hardware_facts, version_facts
 from llm.evaluation.report import Report, Section, write_report
@@ -34,7 +34,6 @@ from llm.evaluation.tables import (
     goodput_table,
     wall_time_table,
 )
-from llm.parallel.mesh import start_distributed
 from llm.training.files import write_atomically
 from llm.training.goodput import find_goodput, sum_goodput
 
@@ -54,7 +53,7 @@ def studies(
 
 
 def main(config: EmergenceConfig) -> None:
-    start_distributed()
+    start_processes(only_one=True)
     workdir = epath.Path(WORKDIR.value)
     stages = open_job(workdir, config, allow_change=config.run.allow_config_change)
 

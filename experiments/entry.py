@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -31,7 +32,7 @@ _CPU_FUSIONS = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
 ACCELERATOR_PACKAGES = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD of mallopt(3): one heap, grown and never given back.
 _KEEP_MEMORY = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
-USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+BUG, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
 # The operating system's own words about a path of the user's.
 _PATH_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -54,6 +55,7 @@ def run(
 
     Exit codes: 0; 2 a mistake of the user's (one line on standard error); 130 Ctrl-C; 141 the
     reader of a pipe went away; 1 and a traceback for a bug. SystemExit passes, so Run's 75 does.
+    A process whose peer died or hangs ends with 76 (llm/training/peers.py).
     With --verbosity=1 a mistake shows its traceback too.
     """
     if config_type is not None:
@@ -76,7 +78,9 @@ def run(
         sys.exit(BROKEN_PIPE)
     except Exception as error:
         if not _is_users_mistake(error) or logging.get_verbosity() >= logging.DEBUG:
-            raise
+            if not _has_peers():
+                raise
+            _exit("".join(traceback.format_exception(error)), BUG)
         _exit(f"error: {_message(error)}", USER_ERROR)
 
 
@@ -260,7 +264,14 @@ def _message(error: Exception) -> str:
 def _exit(message: str, code: int) -> None:
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
+    if _has_peers():
+        os._exit(code)  # the usual way out waits minutes for processes that may not come
     sys.exit(code)
+
+
+def _has_peers() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def plain(value: Any) -> Any:

@@ -16,12 +16,12 @@ from configs.schema import FinetuneConfig
 from experiments import entry
 from experiments.evaluation import make_evaluation
 from experiments.loading import load_start
-from experiments.run_flags import PROFILE, WORKDIR
+from experiments.run_flags import PROFILE, WORKDIR, start_processes
 from llm.data.pipeline import data_digests, make_training_batches, num_truncated, rows_per_epoch
 from llm.data.prepare import prepare
 from llm.models.adapters import adapt_params
 from llm.models.transformer import Transformer, logical_axes, param_shapes
-from llm.parallel.mesh import make_mesh, start_distributed
+from llm.parallel.mesh import make_mesh
 from llm.scaling.accounting import training_flops_per_token
 from llm.scaling.hardware import peak_flops
 from llm.training.loss import make_causal_lm_loss
@@ -129,7 +129,7 @@ def finetune(config: FinetuneConfig, workdir: str) -> None:
 
 
 def main(config: FinetuneConfig) -> None:
-    start_distributed()
+    start_processes()
     finetune(entry.profiled(config, PROFILE.value), WORKDIR.value)
 
 

@@ -14,11 +14,11 @@ from configs.schema import DirectPreferenceConfig
 from experiments import entry
 from experiments.feedback import feedback_digests, load_comparisons
 from experiments.loading import Start, load_model, load_start
-from experiments.run_flags import PROFILE, WORKDIR
+from experiments.run_flags import PROFILE, WORKDIR, start_processes
 from llm.data.comparisons import ComparisonBatches, spread
 from llm.models.adapters import adapt_params
 from llm.models.transformer import Transformer, logical_axes, param_shapes
-from llm.parallel.mesh import make_mesh, start_distributed
+from llm.parallel.mesh import make_mesh
 from llm.parallel.rules import make_shardings
 from llm.rl.models import Models
 from llm.training.digests import tree_digest
@@ -150,7 +150,7 @@ def write_evaluation(run: Run, totals: dict[str, float]) -> None:
 
 
 def main(config: DirectPreferenceConfig) -> None:
-    start_distributed()
+    start_processes()
     train_on_preferences(entry.profiled(config, PROFILE.value), WORKDIR.value)
 
 

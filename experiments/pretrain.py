@@ -14,12 +14,12 @@ from etils import epath
 from configs.schema import PretrainConfig
 from experiments import entry
 from experiments.evaluation import make_evaluation
-from experiments.run_flags import PROFILE, WORKDIR
+from experiments.run_flags import PROFILE, WORKDIR, start_processes
 from llm.data.pipeline import data_digests, make_training_batches
 from llm.data.prepare import prepare
 from llm.data.tokenizer_training import make_tokenizer
 from llm.models.transformer import Transformer, logical_axes
-from llm.parallel.mesh import make_mesh, start_distributed
+from llm.parallel.mesh import make_mesh
 from llm.scaling.accounting import training_flops_per_token
 from llm.scaling.hardware import peak_flops
 from llm.training.loss import make_causal_lm_loss
@@ -117,7 +117,7 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
 
 
 def main(config: PretrainConfig) -> None:
-    start_distributed()
+    start_processes()
     pretrain(entry.profiled(config, PROFILE.value), WORKDIR.value)
 
 

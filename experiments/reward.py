@@ -20,13 +20,13 @@ from experiments import entry
 from experiments.feedback import feedback_digests, load_comparisons
 from experiments.loading import Start, load_start
 from experiments.rewards import SCALE
-from experiments.run_flags import PROFILE, WORKDIR
+from experiments.run_flags import PROFILE, WORKDIR, start_processes
 from llm.data.comparisons import ComparisonBatches, EncodedFeedback, spread
 from llm.evaluation.preferences import PreferenceReport, compare_pairs, report_preferences
 from llm.models.adapters import adapt_params
 from llm.models.scalar import ScalarModel
 from llm.models.transformer import logical_axes, param_shapes
-from llm.parallel.mesh import make_mesh, start_distributed
+from llm.parallel.mesh import make_mesh
 from llm.training.files import write_atomically
 from llm.training.optimizers import make_optimizer
 from llm.training.preference_loss import make_reward_loss, response_scores
@@ -216,7 +216,7 @@ def finish(
 
 
 def main(config: RewardModelConfig) -> None:
-    start_distributed()
+    start_processes()
     train_reward(entry.profiled(config, PROFILE.value), WORKDIR.value)
 
 

@@ -20,14 +20,14 @@ from configs.schema import RlhfConfig
 from experiments import entry
 from experiments.loading import Start, load_model, load_start
 from experiments.rewards import load_rewards, load_value_start, weight_of
-from experiments.run_flags import PROFILE, WORKDIR
+from experiments.run_flags import PROFILE, WORKDIR, start_processes
 from llm.data.pipeline import data_digests, make_training_batches
 from llm.data.prepare import prepare
 from llm.data.tokenizers import Tokenizer
 from llm.models.adapters import adapt_params
 from llm.models.scalar import ScalarModel
 from llm.models.transformer import Transformer, logical_axes, param_shapes
-from llm.parallel.mesh import make_mesh, start_distributed
+from llm.parallel.mesh import make_mesh
 from llm.parallel.rules import make_shardings, ways
 from llm.rl.collect import Collected, collect
 from llm.rl.learning import make_learn_step
@@ -250,7 +250,7 @@ def write_samples(run: Run, collected: Collected, num_samples: int) -> None:
 
 
 def main(config: RlhfConfig) -> None:
-    start_distributed()
+    start_processes()
     rlhf(entry.profiled(config, PROFILE.value), WORKDIR.value)
 
 

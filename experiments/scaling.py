@@ -23,13 +23,12 @@ from experiments.ladder import (
     train_group,
     write_table,
 )
-from experiments.run_flags import WORKDIR
+from experiments.run_flags import WORKDIR, start_processes
 from experiments.scaling_report import write_scaling_report
 from experiments.stages import open_job
 from llm.data.prepare import prepare
 from llm.data.tokenizer_training import make_tokenizer
 from llm.evaluation.tables import format_duration
-from llm.parallel.mesh import start_distributed
 from llm.scaling.ladder import Group
 from llm.training.files import write_atomically
 
@@ -37,7 +36,7 @@ _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "List the runs and stop.")
 
 
 def main(config: ScalingConfig) -> None:
-    start_distributed()
+    start_processes(only_one=True)
     workdir = epath.Path(WORKDIR.value)
     stages = open_job(workdir, config, allow_change=config.run.allow_config_change)
 

@@ -19,7 +19,7 @@ from configs.schema import PretrainConfig, SpeedrunConfig
 from experiments import entry
 from experiments.loading import load_model
 from experiments.pretrain import pretrain
-from experiments.run_flags import PROFILE, WORKDIR
+from experiments.run_flags import PROFILE, WORKDIR, start_processes
 from experiments.speedrun_alignment import align
 from experiments.speedrun_report import write_speedrun_report
 from experiments.stages import open_job
@@ -37,11 +37,11 @@ from llm.evaluation.ngram import fit_ngram
 from llm.generation.config import SamplingConfig
 from llm.generation.generator import Generator
 from llm.models.transformer import Transformer
-from llm.parallel.mesh import make_mesh, start_distributed
+from llm.parallel.mesh import make_mesh
 
 
 def main(config: SpeedrunConfig) -> None:
-    start_distributed()  # once, for all stages
+    start_processes(only_one=True)  # once, for all stages
     workdir = epath.Path(WORKDIR.value)
     stages = open_job(workdir, config, allow_change=config.pretrain.run.allow_config_change)
     recipe = entry.profiled(config.pretrain, PROFILE.value)

@@ -1,5 +1,6 @@
 """The device mesh and multi-host start-up. Ground floor: every array's placement starts here."""
 
+import re
 from collections.abc import Sequence
 
 import jax
@@ -7,7 +8,10 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from llm.parallel.aborts import last_word, leave_now
 from llm.parallel.config import MESH_AXES, MeshConfig
+
+_USER_ERROR = 2  # the exit code of a mistake that a person can mend
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -25,17 +29,58 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def start_distributed(coordinator_address: str | None = None, **kwargs) -> None:
-    """Join the other hosts of a run where there are any; a lone host goes on at once.
+def start_distributed(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_index: int | None = None,
+    *,
+    timeout_seconds: int = 300,
+) -> None:
+    """Join the other processes of a run where there are any; a lone one goes on at once.
 
-    `jax.distributed` finds them in the environment (Cloud TPU, SLURM, Open MPI, Kubernetes); an
-    address given by hand overrides it. To be called before JAX's first computation.
+    `jax.distributed` finds them in the environment (Cloud TPU, SLURM, Open MPI, Kubernetes); what
+    is given by hand overrides it. To be called before JAX's first computation. Where they do not
+    come together in time, JAX aborts the process, which says why and exits with code 2.
+
+    Raises:
+      ValueError: what is given by hand is not enough, or wrong.
     """
     if jax.distributed.is_initialized():
         return
+    if (coordinator_address, num_processes, process_index) != (None, None, None):
+        _check_given(coordinator_address, num_processes, process_index)
+    given = f"{num_processes} processes at {coordinator_address}" if num_processes else "the run"
+    missed = (
+        f"error: {given} did not come together within {timeout_seconds} s (this one is "
+        f"{process_index}): each must be started, once, with its own index, and reach process 0"
+    )
     try:
-        jax.distributed.initialize(coordinator_address, **kwargs)
+        with last_word(lambda: leave_now(missed, _USER_ERROR)):
+            jax.distributed.initialize(
+                coordinator_address,
+                num_processes,
+                process_index,
+                initialization_timeout=timeout_seconds,
+            )
     except ValueError as error:
         # what it says when nothing in the environment names other hosts
         if coordinator_address is not None or "coordinator_address" not in str(error):
             raise
+    except jax.errors.JaxRuntimeError as error:
+        if "start RPC server" not in str(error):
+            raise
+        raise ValueError(
+            f"process 0 cannot listen at {coordinator_address}: another program has that port"
+        ) from error
+
+
+def _check_given(address: str | None, num_processes: int | None, index: int | None) -> None:
+    if address is None or num_processes is None or index is None:
+        raise ValueError(
+            "a run of several processes needs coordinator, num_processes and process_index; given "
+            f"are {address}, {num_processes} and {index}"
+        )
+    if not re.fullmatch(r".+:\d+", address):
+        raise ValueError(f"coordinator={address}: must be host:port")
+    if not 0 <= index < num_processes:
+        raise ValueError(f"process_index={index}: must be one of 0 to {num_processes - 1}")

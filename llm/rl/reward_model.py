@@ -1,5 +1,6 @@
 """A reward model as a plain reward function of texts. Third floor."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 
@@ -11,6 +12,8 @@ from llm.data.rows import tell_rows
 from llm.data.tokenizers import Tokenizer
 from llm.generation.prompts import bucket_length
 from llm.models.scalar import ScalarModel, at_last_token
+from llm.parallel.config import MeshConfig
+from llm.parallel.mesh import make_mesh
 from llm.rl.prompts import Prompt
 from llm.rl.rewards import RewardFn
 
@@ -54,7 +57,8 @@ def make_model_reward(
             real = np.zeros((batch_responses, width), np.int32)
             for i, row in enumerate(part):
                 tokens[i, : len(row)], real[i, : len(row)] = row, 1
-            found.append(np.asarray(scores_of(params, tokens, real))[: len(part)])
+            with _own_devices():
+                found.append(np.asarray(scores_of(params, tokens, real))[: len(part)])
         return (np.concatenate(found) - shift) / scale
 
     return reward
@@ -79,3 +83,10 @@ def _encode(
         what = f"responses scored without the beginning of their prompt, the window being {limit}"
         log.warning(tell_rows(cut, what))
     return rows
+
+
+def _own_devices() -> contextlib.AbstractContextManager:
+    """Return a mesh of this process's devices to compute in: each scores other responses."""
+    if jax.process_count() == 1:
+        return contextlib.nullcontext()
+    return jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()))

@@ -160,13 +160,18 @@ class Checkpointer:
             if self._temporary is not None:
                 self._temporary.cleanup()
 
-    def discard(self, steps: Sequence[int]) -> None:
-        """Delete steps, on disk at once as if they had never been there."""
-        if jax.process_index() == 0:
-            for step in steps:
+    def settle(self) -> None:
+        """Wait until every process has saved and deleted what it had to: all see the same steps."""
+        self.wait()
+        _wait_for_all("settle")
+
+    def discard(self, find_steps: Callable[[], Sequence[int]]) -> None:
+        """Delete steps, for all processes at once as if they had never been there."""
+        self.settle()
+        if jax.process_index() == 0:  # the others might look when some are deleted already
+            for step in find_steps():
                 step_directories.delete(self.directory, step)
-        if steps:
-            _wait_for_all("discard")
+        _wait_for_all("discard")
 
     def restore(self, target: Any, *, at_most: int | None = None) -> Restored | None:
         """Return the newest good step (not above `at_most`), or None in a workdir without any.

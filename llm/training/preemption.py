@@ -21,19 +21,23 @@ class Preemption:
         self.armed = False
         self.signal_name = ""
         self._old_handlers: dict[int, Any] = {}
-        self._ask_all_hosts = False
+        self._ask_all = False
 
     def start(self, num_processes: int = 1) -> None:
-        """Install the handlers; with several processes the signals are left to JAX's own service.
+        """Install the handlers; with several processes SIGTERM is left to JAX's own service.
 
-        Several hosts must agree on one step to save. `jax.distributed` has a service for that which
-        listens to SIGTERM itself, and a handler here would take the signal away from it.
+        Several processes must agree on one step to save. `jax.distributed` has a service for that
+        which listens to SIGTERM itself, and a handler here would take the signal away from it.
+        Ctrl-C is passed on to it as a SIGTERM.
         """
-        self._ask_all_hosts = num_processes > 1
-        if self._ask_all_hosts or threading.current_thread() is not threading.main_thread():
+        self._ask_all = num_processes > 1
+        if threading.current_thread() is not threading.main_thread():
             return  # Python runs handlers in the main thread only
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old_handlers[number] = signal.signal(number, self._on_signal)
+        handlers = {signal.SIGINT: self._on_signal, signal.SIGTERM: self._on_signal}
+        if self._ask_all:
+            handlers = {signal.SIGINT: self._pass_on}
+        for number, handler in handlers.items():
+            self._old_handlers[number] = signal.signal(number, handler)
 
     def stop(self) -> None:
         """Put the former handlers back."""
@@ -42,8 +46,8 @@ class Preemption:
         self._old_handlers.clear()
 
     def requested(self, step: int) -> bool:
-        """Return whether to save and leave after this step; on several hosts all agree."""
-        if self._ask_all_hosts:
+        """Return whether to save and leave after this step; several processes all agree."""
+        if self._ask_all:
             from jax.experimental import multihost_utils
 
             if multihost_utils.reached_preemption_sync_point(step):
@@ -51,6 +55,14 @@ class Preemption:
                 return True
             return False
         return bool(self.signal_name)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        first, self.signal_name = not self.signal_name, signal.Signals(number).name
+        if first:
+            _say(f"{self.signal_name}: all processes save after the same step, then leave")
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            _say(f"{self.signal_name}: already asked for; please wait")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         first, self.signal_name = not self.signal_name, signal.Signals(number).name

@@ -19,6 +19,7 @@ from llm.training.identity import Identity
 from llm.training.lock import Lock
 from llm.training.manifests import list_steps
 from llm.training.metrics import MetricsWriter
+from llm.training.peers import Peers
 from llm.training.preemption import EXIT_CODE, Preemption
 from llm.training.profiling import ProfileWindow
 from llm.training.progress import Progress
@@ -98,15 +99,13 @@ class Run:
           WorkdirInUseError: another run is going on in the workdir.
         """
         run_config = self.run_config
-        if run_config.save_every_seconds is not None and jax.process_count() > 1:
-            raise ValueError(
-                f"run.save_every_seconds={run_config.save_every_seconds}: the clocks of "
-                f"{jax.process_count()} processes disagree; use run.save_every_steps"
-            )
+        run_config.check_processes(jax.process_count())
         self._primary = jax.process_index() == 0
+        self._peers = Peers(str(self.workdir), run_config.hang_timeout_seconds)
         lock = Lock(self.workdir)
         with contextlib.ExitStack() as stack:
             stack.callback(self._goodput.close)
+            stack.enter_context(self._peers)
             if self._primary:
                 self.workdir.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
@@ -143,6 +142,9 @@ class Run:
         Raises:
           CheckpointError: the last save failed, and no other error is on its way.
         """
+        if error is not None:
+            self._peers.failed(error)
+        self._peers.moved(self.step, patient=True)
         with self._cleanup:
             try:
                 with self._goodput.during("save"):
@@ -179,7 +181,7 @@ class Run:
         with self._goodput.during("restore"):
             if batches is not None:
                 self._feed = Feed(batches, lambda: self.step, self._goodput, self._spikes)
-            self._saver.checkpointer.discard(self._spikes.abandoned_steps())
+            self._saver.checkpointer.discard(self._spikes.abandoned_steps)
             restored = self._saver.checkpointer.restore(state)
             if self._primary:
                 self._goodput.open(0 if restored is None else restored.manifest["step"])
@@ -191,6 +193,7 @@ class Run:
                 )
             if self._primary:
                 self._progress.start(self.step)
+            self._peers.moved(self.step, patient=True)
             self._profile.open(self.step, self.total_steps)
             self._first_step = self.step
             state = self._rewind_if_due(state)
@@ -217,10 +220,12 @@ class Run:
         self._saver.commit(self.step, body_done=True)
         self._saver.tolerate(self.step, self._saver.checkpointer.check)
         self.step += 1
+        self._peers.moved(self.step)
         self._body_done = False
         self._preemption.armed = True
         sequences = None if self._feed is None else self._feed.sequences
         self._observe(self._log.push(self.step, metrics, sequences))
+        self._peers.moved(self.step)
         if self._profile.after_step(self.step, (state, metrics)):
             self.say(f"profile written to {self.workdir / 'profile'}")
         self._state = state
@@ -245,6 +250,7 @@ class Run:
         due = self.step % every_steps == 0 or self.step == self.total_steps
         if due:
             self._log.throughput.skip()
+            self._peers.moved(self.step, patient=True)
         return due
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
@@ -329,23 +335,24 @@ class Run:
             return state
         rose = f"step {spike.step}: the loss rose from {spike.usual:.4g} to {spike.loss:.4g}"
         target = self._spikes.rewind_step(self.run_config.save_every_steps)
+        self._saver.commit(self.step, body_done=False)
+        self._saver.checkpointer.settle()
         if not any(step <= target for step in list_steps(self.workdir)):
             self._spikes.spike = None
             self.say(f"{rose}. There is no checkpoint at step {target} or before: training goes on")
             return state
+        self._peers.moved(self.step, patient=True)
         with self._goodput.during("restore"):
             self._goodput.rewind()
             self._log.drop()
             self._state = None
-            self._saver.commit(self.step, body_done=False)
-            self._saver.checkpointer.wait()
             for leaf in jax.tree.leaves(state):  # two states at once may not fit
                 if isinstance(leaf, jax.Array):
                     leaf.delete()
             restored = self._saver.checkpointer.restore(state, at_most=target)
             manifest = restored.manifest
             skip = self._spikes.record(manifest["step"], manifest["cursor"], write=self._primary)
-            self._saver.checkpointer.discard(self._spikes.abandoned_steps())
+            self._saver.checkpointer.discard(self._spikes.abandoned_steps)
             state = self._go_on_from(restored, state)
         self._log.throughput.skip()
         self.say(

@@ -34,8 +34,10 @@ class RunConfig:
     save_every_seconds: float | None = None  # as well; on a single process
     keep_newest_checkpoints: int = 3
     keep_every_steps: int = 0  # checkpoints at its multiples stay for ever; 0: none do
-    go_on_after_failed_save: bool = False  # full disk: warn, train on, try again when a save is due
+    # A full disk: warn, train on, try again when a save is due. On a single process.
+    go_on_after_failed_save: bool = False
     max_skipped_in_a_row: int = 10  # steps without a finite gradient before the run gives up
+    hang_timeout_seconds: float = 600.0  # of several processes: of a step; then the run ends (76)
     replay_every_steps: int = 0  # take a step twice and compare the bits; 0: never
     profile_start_step: int = 10  # of this process: past compilation and the first steps
     profile_num_steps: int = 0  # 0: no profile; else a trace is written to workdir/profile
@@ -54,9 +56,30 @@ class RunConfig:
                      "replay_every_steps"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"run.{name}={getattr(self, name)}: must not be negative")
+        if self.hang_timeout_seconds <= 0:
+            raise ValueError(
+                f"run.hang_timeout_seconds={self.hang_timeout_seconds}: must be positive"
+            )
         if self.save_every_seconds is not None and self.save_every_seconds <= 0:
             raise ValueError(
                 f"run.save_every_seconds={self.save_every_seconds}: must be positive, or None"
+            )
+
+    def check_processes(self, num_processes: int) -> None:
+        """Raise where several processes would each decide for themselves, and part.
+
+        Raises:
+          ValueError: a field is for a single process only.
+        """
+        if num_processes > 1 and self.save_every_seconds is not None:
+            raise ValueError(
+                f"run.save_every_seconds={self.save_every_seconds}: the clocks of {num_processes} "
+                "processes disagree; use run.save_every_steps"
+            )
+        if num_processes > 1 and self.go_on_after_failed_save:
+            raise ValueError(
+                f"run.go_on_after_failed_save: of {num_processes} processes one might go on and "
+                "another not; leave it out"
             )
 
 

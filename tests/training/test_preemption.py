@@ -60,6 +60,21 @@ def test_several_processes_leave_the_signal_to_jax():
     watch.stop()
 
 
+def test_several_processes_hear_of_ctrl_c_as_sigterm(capfd):
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    watch = Preemption()
+    watch.start(num_processes=2)
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+    watch.stop()
+    signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
+    shown = capfd.readouterr().err
+    assert shown.count("all processes save after the same step") == 1
+    assert shown.count("already asked for") == 1
+
+
 def test_other_threads_install_nothing():
     before = signal.getsignal(signal.SIGTERM)
     watch = Preemption()

@@ -447,8 +447,18 @@ def test_a_damaged_config_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("log_every_steps", 0), ("save_every_steps", -1), ("save_every_seconds", 0.0),
-     ("keep_newest_checkpoints", 0)],
+     ("hang_timeout_seconds", 0.0), ("keep_newest_checkpoints", 0)],
 )  # fmt: skip
 def test_impossible_run_configs(field, value):
     with pytest.raises(ValueError, match=f"run.{field}={value}"):
         RunConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("save_every_seconds", 60.0), ("go_on_after_failed_save", True)]
+)
+def test_what_several_processes_cannot_agree_on_is_refused(field, value):
+    config = RunConfig(**{field: value})
+    config.check_processes(1)
+    with pytest.raises(ValueError, match=f"run.{field}"):
+        config.check_processes(2)
