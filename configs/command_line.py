@@ -33,6 +33,7 @@ from configs.dataclass_config import (
     unknown_field,
 )
 
+_MOST_DIGITS = 30  # of a whole number: 1e999999999 is quickly typed and never made
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
 
@@ -204,7 +205,7 @@ def _enter(section: ConfigDict, annotation: Any, name: str, path: str) -> tuple[
     if not is_section:
         raise ConfigError(f"{path}.{name} is {describe_type(inner)}: it has no fields of its own")
     if section[name] is None:
-        section[name] = _as_held(inner())  # an absent optional section starts at its defaults
+        section[name] = to_config_dict(inner)  # an absent optional section starts at its defaults
     elif not isinstance(section[name], ConfigDict):
         section[name] = _as_held(section[name])  # a recipe gave the member as a dataclass
     return section[name], inner
@@ -265,30 +266,32 @@ def _parse_as(text: str, annotation: Any, path: str) -> Any | None:
         return next((c for c in typing.get_args(annotation) if str(c) == text), None)
     if origin is tuple:
         return _parse_tuple(text, annotation, path)
-    try:
-        return ast.literal_eval(text)  # a section or mapping as a dict; Any
-    except (ValueError, SyntaxError):
-        return None
+    return _parse_literal(text)  # a section or mapping as a dict; Any
 
 
 def _parse_int(text: str) -> int | None:
     """Return the int of `12`, `1_000` or `3e9`."""
     try:
         number = Decimal(text)
-        if "." in text and "e" not in text.lower():
+        if ("." in text and "e" not in text.lower()) or number.adjusted() > _MOST_DIGITS:
             return None
         return int(number) if number == number.to_integral_value() else None
     except (InvalidOperation, OverflowError, ValueError):
         return None
 
 
+def _parse_literal(text: str) -> Any | None:
+    """Return the value of a Python literal, None where it is none or too deep to be one."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
+
+
 def _parse_tuple(text: str, annotation: Any, path: str) -> tuple | None:
     """Return the tuple of `a,b`, `(1, 2)` or `["a", "b"]`; of nothing for an empty text."""
     if text.strip().startswith(("(", "[")):
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            return None
+        value = _parse_literal(text)
         return tuple(value) if isinstance(value, tuple | list) else None
     arguments = typing.get_args(annotation)
     parts = [part.strip() for part in text.split(",")] if text.strip() else []

@@ -14,7 +14,11 @@ from typing import Any, Literal, TypeVar, Union
 
 from ml_collections import ConfigDict, FieldReference
 
+from llm.parallel.checks import shown
+
 T = TypeVar("T")
+
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 class ConfigError(ValueError):
@@ -236,6 +240,7 @@ def decode(value: Any, annotation: Any, path: str) -> Any:
     member_type = mapping_member_type(annotation)
     if member_type is not None and isinstance(value, Mapping | ConfigDict):
         # Sorted, as a ConfigDict sorts too: the order of a mapping never depends on its spelling.
+        _check_keys(value, path)
         return {
             name: decode(value[name], member_type, f"{path}.{name}")
             for name in sorted(value.keys())
@@ -248,8 +253,10 @@ def decode(value: Any, annotation: Any, path: str) -> Any:
         return value
     if origin is tuple and isinstance(value, tuple | list):
         return _decode_tuple(value, annotation, path)
-    if annotation is float and type(value) is int:
-        return float(value)
+    if annotation is float and type(value) in (int, float):
+        return _decode_float(value, path)
+    if annotation is str and isinstance(value, str):
+        _check_text(value, path)
     if type(value) is not (origin or annotation):  # `is`: a bool is no int here
         raise _wrong_value(path, annotation, value)
     return value
@@ -271,6 +278,29 @@ def _decode_union(value: Any, annotation: Any, path: str) -> Any:
     raise _wrong_value(path, annotation, value)
 
 
+def _decode_float(value: float, path: str) -> float:
+    # What float32 cannot hold is an infinity on the devices.
+    if not abs(value) <= _FLOAT32_MAX:
+        raise ConfigError(f"{path}={shown(value)}: must be finite, and at most {_FLOAT32_MAX:.3g}")
+    return float(value)
+
+
+def _check_text(text: str, path: str) -> None:
+    """Raise where a text could be neither a path nor part of a config.json.
+
+    Bytes on the command line that are no UTF-8 come as halves of surrogate pairs.
+    """
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError(f"{path}={shown(text)}: must be Unicode text without zero bytes")
+
+
+def _check_keys(value: Mapping | ConfigDict, path: str) -> None:
+    for key in value.keys():
+        if not isinstance(key, str) or "." in key:
+            raise ConfigError(f"{path} has the key {shown(key)}: keys are str without dots")
+        _check_text(key, f"{path}: the key")
+
+
 def _decode_tuple(value: tuple | list, annotation: Any, path: str) -> tuple:
     arguments = typing.get_args(annotation)
     if arguments[-1:] == (Ellipsis,):
@@ -289,6 +319,7 @@ def _decode_dataclass(value: Any, config_type: type[T], path: str) -> T:
     if not isinstance(value, Mapping | ConfigDict):
         raise _wrong_value(path, config_type, value)
     known = field_types(config_type)
+    _check_keys(value, path)
     arguments = {}
     for name in value.keys():
         if name not in known:
@@ -312,7 +343,5 @@ def _decode_dataclass(value: Any, config_type: type[T], path: str) -> T:
 
 
 def _wrong_value(path: str, annotation: Any, value: Any, hint: str = "") -> ConfigError:
-    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-    return ConfigError(
-        f"{path} must be {describe_type(annotation)}, got {shown} ({type(value).__name__}){hint}"
-    )
+    got = f"{shown(value)} ({type(value).__name__})"
+    return ConfigError(f"{path} must be {describe_type(annotation)}, got {got}{hint}")

@@ -5,12 +5,14 @@ import dataclasses
 from llm.data.config import ComparisonsConfig, DataConfig, SourceConfig, TokenizerConfig
 from llm.evaluation.config import JudgeConfig
 from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
+from llm.parallel.checks import as_steps, check_multiple, check_names, check_one_given, check_ranges
 from llm.parallel.config import MeshConfig
 from llm.rl.config import (
     AlgorithmConfig,
     KLConfig,
     RewardConfig,
     RolloutConfig,
+    check_groups,
     check_kl_place,
 )
 from llm.scaling.config import LadderConfig
@@ -31,6 +33,16 @@ from llm.training.config import (
 from llm.training.run_config import RunConfig
 
 
+def _check_source(source: str, adapter: AdapterConfig) -> None:
+    if not source:
+        raise ValueError("source is empty: name a workdir, a Hugging Face directory, …")
+    if adapter.quantize != "none" and not adapter.rank:
+        raise ValueError(
+            f"adapter.quantize={adapter.quantize!r} freezes what it stores: set adapter.rank to "
+            "learn something"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """What the loop measures while it trains."""
@@ -40,6 +52,11 @@ class EvaluationConfig:
     max_sequences: int | None = 512  # held-out rows a source; None: all of them
     prompts: tuple[str, ...] = ()  # continued greedily at each evaluation
     sample_tokens: int = 48
+
+    def __post_init__(self):
+        check_ranges(
+            self, section="evaluation.", count="every_steps", size="max_sequences sample_tokens"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +77,11 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.accumulate_steps < 1 or self.data.batch_sequences % self.accumulate_steps:
-            raise ValueError(
-                f"data.batch_sequences={self.data.batch_sequences} is not a multiple of "
-                f"accumulate_steps={self.accumulate_steps}"
-            )
+        check_ranges(
+            self, size="accumulate_steps loss_tile_tokens", not_negative="z_loss", seed="seed"
+        )
+        batch, parts = self.data.batch_sequences, self.accumulate_steps
+        check_multiple("data.batch_sequences", batch, "accumulate_steps", parts)
         if self.spikes.deviations:
             self._check_rewinding()
 
@@ -100,10 +117,9 @@ class PretrainConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.total_steps is None) == (self.total_tokens is None):
-            raise ValueError("give total_steps or total_tokens, one of the two")
-        if self.num_steps < 1:
-            raise ValueError("total_steps or total_tokens is less than one step of training")
+        check_one_given(self, "total_steps", "total_tokens")
+        check_ranges(self, size="total_steps", positive="total_tokens init_scale")
+        _ = self.num_steps  # raises where they cannot be counted
         if self.data.length_tokens > self.model.max_length_tokens:
             raise ValueError(
                 f"data.length_tokens={self.data.length_tokens} exceeds "
@@ -115,7 +131,7 @@ class PretrainConfig(TrainingConfig):
         """Steps of the whole run."""
         if self.total_steps is not None:
             return self.total_steps
-        return -(-self.total_tokens // self.tokens_per_step)
+        return as_steps(-(-self.total_tokens // self.tokens_per_step))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,28 +152,21 @@ class FinetuneConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        given = (self.total_steps, self.total_tokens, self.total_epochs)
-        if sum(length is not None for length in given) != 1:
-            raise ValueError("give total_steps, total_tokens or total_epochs, one of the three")
-        if min(length for length in given if length is not None) <= 0:
-            raise ValueError("total_steps, total_tokens or total_epochs must be positive")
-        if not self.source:
-            raise ValueError("source is empty: name a workdir, a Hugging Face directory, …")
+        check_one_given(self, "total_steps", "total_tokens", "total_epochs")
+        check_ranges(
+            self, size="total_steps", positive="total_tokens total_epochs", below_one="dropout_rate"
+        )
+        _check_source(self.source, self.adapter)
         if self.data.tokenizer != TokenizerConfig():
             raise ValueError("data.tokenizer is set: a model keeps the tokenizer of its source")
-        if self.adapter.quantize != "none" and not self.adapter.rank:
-            raise ValueError(
-                f"adapter.quantize={self.adapter.quantize!r} freezes what it stores: "
-                "set adapter.rank to learn something"
-            )
 
     def num_steps(self, rows_per_epoch: int) -> int:
         """Steps of the whole run, over data of so many packed rows."""
         if self.total_steps is not None:
             return self.total_steps
         if self.total_tokens is not None:
-            return -(-self.total_tokens // self.tokens_per_step)
-        return max(1, round(self.total_epochs * rows_per_epoch / self.data.batch_sequences))
+            return as_steps(-(-self.total_tokens // self.tokens_per_step))
+        return as_steps(self.total_epochs * rows_per_epoch / self.data.batch_sequences)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,25 +191,20 @@ class ComparisonStageConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.source:
-            raise ValueError("source is empty: name a workdir, a Hugging Face directory, …")
-        if (self.total_steps is None) == (self.total_epochs is None):
-            raise ValueError("give total_steps or total_epochs, one of the two")
-        if (self.total_steps or self.total_epochs) <= 0:
-            raise ValueError("total_steps or total_epochs must be positive")
-        if self.accumulate_steps < 1 or self.comparisons.batch_prompts % self.accumulate_steps:
-            raise ValueError(
-                f"comparisons.batch_prompts={self.comparisons.batch_prompts} is not a multiple of "
-                f"accumulate_steps={self.accumulate_steps}"
-            )
-        if self.adapter.quantize != "none" and not self.adapter.rank:
-            raise ValueError(f"adapter.quantize={self.adapter.quantize!r} needs adapter.rank")
+        _check_source(self.source, self.adapter)
+        check_one_given(self, "total_steps", "total_epochs")
+        check_ranges(
+            self, size="total_steps accumulate_steps", positive="total_epochs",
+            count="evaluate_every_steps", seed="seed",
+        )  # fmt: skip
+        batch, parts = self.comparisons.batch_prompts, self.accumulate_steps
+        check_multiple("comparisons.batch_prompts", batch, "accumulate_steps", parts)
 
     def num_steps(self, num_prompts: int) -> int:
         """Steps of the whole run, over so many prompts."""
         if self.total_steps is not None:
             return self.total_steps
-        return max(1, round(self.total_epochs * num_prompts / self.comparisons.batch_prompts))
+        return as_steps(self.total_epochs * num_prompts / self.comparisons.batch_prompts)
 
     @property
     def tokens_per_step(self) -> int:
@@ -217,6 +221,13 @@ class RewardModelConfig(ComparisonStageConfig):
     tie_threshold: float = 0.0  # nats; 0: ties teach nothing
     calibration_bins: int = 10
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(
+            self, not_negative="tie_threshold", below_one="dropout_rate",
+            within={"calibration_bins": "[1, 999]"},
+        )  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class DirectPreferenceConfig(ComparisonStageConfig):
@@ -227,6 +238,7 @@ class DirectPreferenceConfig(ComparisonStageConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_ranges(self, size="loss_tile_tokens")
         if self.preference.method == "kto" and self.comparisons.pad_left:
             raise ValueError("comparisons.pad_left: kto swaps responses, which pads on the right")
 
@@ -260,36 +272,23 @@ class RlhfConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.source:
-            raise ValueError("source is empty: name a workdir, a Hugging Face directory, …")
+        _check_source(self.source, self.adapter)
         if not self.rewards:
             raise ValueError("rewards is empty: name at least one, e.g. rewards.judge.path")
-        if self.total_steps < 1:
-            raise ValueError(f"total_steps={self.total_steps}: must be positive")
+        check_names(self.rewards, "rewards")
+        check_ranges(
+            self, seed="seed", count="max_bad_rows samples_every_steps num_samples",
+            size="total_steps accumulate_steps loss_tile_tokens",
+        )  # fmt: skip
+        check_groups(self.rollout, self.algorithm)
         parts = self.algorithm.minibatches * self.accumulate_steps
-        if self.accumulate_steps < 1 or self.responses_per_step % parts:
-            raise ValueError(
-                f"rollout.prompts × rollout.group = {self.responses_per_step} responses do not "
-                f"divide into algorithm.minibatches × accumulate_steps = {parts} parts"
-            )
-        if self.algorithm.name in ("rloo", "grpo") and self.rollout.group < 2:
-            raise ValueError(
-                f"algorithm.name={self.algorithm.name!r} compares responses to one prompt: "
-                f"rollout.group={self.rollout.group} must be at least 2"
-            )
-        if self.algorithm.dynamic_draws is not None and self.rollout.group < 2:
-            raise ValueError("algorithm.dynamic_draws needs groups: rollout.group of at least 2")
+        of = "algorithm.minibatches × accumulate_steps"
+        check_multiple("rollout.prompts × rollout.group", self.responses_per_step, of, parts)
         if self.algorithm.ptx_weight and not self.ptx.sources:
             raise ValueError("algorithm.ptx_weight is positive and ptx.sources is empty")
-        if self.algorithm.ptx_weight and self.ptx.batch_sequences % parts:
-            raise ValueError(
-                f"ptx.batch_sequences={self.ptx.batch_sequences} does not divide into "
-                f"algorithm.minibatches × accumulate_steps = {parts} parts; try "
-                f"{-(-self.ptx.batch_sequences // parts) * parts}"
-            )
+        if self.algorithm.ptx_weight:
+            check_multiple("ptx.batch_sequences", self.ptx.batch_sequences, of, parts)
         check_kl_place(self.kl, self.algorithm)
-        if self.adapter.quantize != "none" and not self.adapter.rank:
-            raise ValueError(f"adapter.quantize={self.adapter.quantize!r} needs adapter.rank")
 
     @property
     def responses_per_step(self) -> int:
@@ -319,9 +318,11 @@ class SpeedrunConfig:
     sample_temperature: float = 0.8
 
     def __post_init__(self):
-        for name in ("window_stride_tokens", "ngram_order", "samples_per_prompt", "sample_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+        check_ranges(
+            self, count="num_alignment_samples", not_negative="sample_temperature",
+            size="window_stride_tokens samples_per_prompt sample_tokens",
+            within={"ngram_order": "[1, 64]"},
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,10 +346,12 @@ class ScalingConfig:
     def __post_init__(self):
         if not self.ladders:
             raise ValueError("ladders is empty: there is nothing to train")
-        if self.num_evaluations < 1:
-            raise ValueError(f"num_evaluations={self.num_evaluations}: must be at least 1")
-        if not 0 <= self.holdout_fraction < 1:
-            raise ValueError(f"holdout_fraction={self.holdout_fraction}: must be in [0, 1)")
+        check_names(self.ladders, "ladders")
+        check_ranges(
+            self, count="bootstrap_draws",
+            size="num_evaluations max_evaluation_sequences accumulate_steps loss_tile_tokens",
+            below_one="holdout_fraction",
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

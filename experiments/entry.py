@@ -34,7 +34,7 @@ ACCELERATOR_PACKAGES = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax
 _KEEP_MEMORY = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
 BUG, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
-# The operating system's own words about a path of the user's.
+# The operating system's own words about a path of the user's; so are its others that name a file.
 _PATH_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -235,6 +235,8 @@ def _is_users_mistake(error: Exception) -> bool:
     if isinstance(error, _PATH_ERRORS):
         return True
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return True
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return True
     if _is_house(type(error).__module__):
         return True

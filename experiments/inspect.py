@@ -32,7 +32,7 @@ def main() -> None:
         inspect_export(pathlib.Path(_WORKDIR.value))
         return
     config, model = read_config(_WORKDIR.value), load_model_config(_WORKDIR.value)
-    length = _length_tokens(config)
+    length = _row_tokens(config) or model.max_length_tokens
     loaded = load_params(_WORKDIR.value)
     steps = epath.Path(_WORKDIR.value) / CHECKPOINTS
     manifest = read_manifest(steps / str(loaded.step))
@@ -59,12 +59,11 @@ def main() -> None:
     _show(report, manifest["arrays"])
 
 
-def _length_tokens(config: dict) -> int:
-    """Return the tokens of a row of whatever stage the config is of."""
-    for section in ("data", "comparisons"):
-        if section in config:
-            return config[section]["length_tokens"]
-    return config["rollout"]["prompt_tokens"] + config["rollout"]["response_tokens"]
+def _row_tokens(config: dict) -> int | None:
+    """Return the length of the rows that a run learns from, by whichever section says so."""
+    sections = (config.get(name) for name in ("data", "comparisons"))
+    found = (each.get("length_tokens") for each in sections if isinstance(each, dict))
+    return next((length for length in found if isinstance(length, int)), None)
 
 
 def inspect_export(directory: pathlib.Path) -> None:

@@ -1,7 +1,6 @@
 """A model from wherever it is: a workdir, a Hugging Face directory, a GGUF file, or SmolLM2."""
 
 import dataclasses
-import json
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -9,7 +8,10 @@ from typing import Any, NamedTuple, TypeVar
 from etils import epath
 
 from configs.dataclass_config import from_config_dict
-from llm.data.tokenizers import Tokenizer, load_tokenizer
+from llm.data.disk import read_json_object
+from llm.data.tokenizer_files import load_tokenizer, read_template
+from llm.data.tokenizers import Tokenizer
+from llm.interop.layout import check_params
 from llm.interop.peft import CONFIG as PEFT_CONFIG
 from llm.interop.weights import load_weights
 from llm.models.adapters import merge_params
@@ -60,6 +62,10 @@ def load_model(source: str, *, step: int | None = None, ema: bool = False) -> Lo
         adapter = load_section(path, "adapter", AdapterConfig, default=AdapterConfig())
         if adapter != AdapterConfig():
             params = merge_params(Transformer(config, adapter=adapter), params)
+        try:
+            check_params(config, params)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
         return LoadedModel(config, params, load_tokenizer(path / "tokenizer"), origin)
     if not is_local(path):
         raise FileNotFoundError(f"{source} is not a workdir; other weights must be local")
@@ -89,7 +95,7 @@ def load_start(source: str, workdir: epath.PathLike, chat_template: str = "") ->
     source no more, which may be gone. `chat_template` names a file whose Jinja source replaces the
     tokenizer's own.
     """
-    template = epath.Path(chat_template).read_text() if chat_template else None
+    template = read_template(chat_template) if chat_template else None
     if list_steps(workdir):
         config = dataclasses.replace(load_model_config(workdir), dropout_rate=0.0)
         found = LoadedModel(config, {}, load_tokenizer(epath.Path(workdir) / "tokenizer"))
@@ -107,8 +113,8 @@ def is_workdir(path: epath.PathLike) -> bool:
     file = absolute(path) / "config.json"
     try:
         # theirs names its architecture
-        return file.exists() and "model_type" not in json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        return file.exists() and "model_type" not in read_json_object(file)
+    except ValueError:
         return (epath.Path(path) / "checkpoints").exists()
 
 
@@ -139,7 +145,4 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     file = absolute(workdir) / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{workdir} is not a workdir: it has no config.json")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    return read_json_object(file)

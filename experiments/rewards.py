@@ -1,14 +1,15 @@
 """The rewards of a config, and what a value starts from: reward models loaded, digests recorded."""
 
 import dataclasses
-import json
 from typing import NamedTuple
 
 from etils import epath
 
 from configs.schema import RlhfConfig
 from experiments.loading import is_workdir, load_model_config, load_section
-from llm.data.tokenizers import Tokenizer, load_tokenizer
+from llm.data.disk import read_json_object
+from llm.data.tokenizer_files import load_tokenizer
+from llm.data.tokenizers import Tokenizer
 from llm.models.adapters import merge_params
 from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
 from llm.models.scalar import ScalarModel
@@ -49,7 +50,9 @@ def load_reward(workdir: str) -> LoadedReward:
     path = epath.Path(workdir)
     if not is_workdir(path) or not (path / SCALE).exists():
         raise ValueError(f"{workdir} is not the workdir of a finished reward model: no {SCALE}")
-    loaded, scale = load_params(path), json.loads((path / SCALE).read_text())
+    loaded, scale = load_params(path), read_json_object(path / SCALE)
+    if not all(type(scale.get(name)) in (int, float) for name in ("shift", "scale")):
+        raise ValueError(f"{path / SCALE} does not tell the numbers shift and scale")
     return LoadedReward(
         config=load_model_config(path),
         adapter=load_section(path, "adapter", AdapterConfig, default=AdapterConfig()),

@@ -26,6 +26,7 @@ from experiments.ladder import (
 from experiments.run_flags import WORKDIR, start_processes
 from experiments.scaling_report import write_scaling_report
 from experiments.stages import open_job
+from llm.data.disk import read_json_object
 from llm.data.prepare import prepare
 from llm.data.tokenizer_training import make_tokenizer
 from llm.evaluation.tables import format_duration
@@ -66,7 +67,7 @@ def predicted(
     """Return what each group will take, tried out once and kept in the workdir."""
     file = workdir / "predicted.json"
     if file.exists():
-        found = {name: Prediction(*each) for name, each in json.loads(file.read_text()).items()}
+        found = {name: Prediction(*each) for name, each in read_json_object(file).items()}
         if set(found) == {group.name for group in groups}:
             return found
     print("trying out a step of each shape …")

@@ -4,7 +4,6 @@ The judge and the second reward model learn from labels that no policy and no re
 """
 
 import dataclasses
-import json
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from experiments.rewards import load_reward
 from experiments.rlhf import rlhf
 from experiments.stages import Stages
 from llm.data.config import SourceConfig
+from llm.data.disk import read_json_object
 from llm.data.rows import tell_rows
 from llm.evaluation.judge import Judge, distinct_n, labelled_texts
 from llm.generation.config import SamplingConfig
@@ -164,7 +164,7 @@ def _train_reward(
 
 def read_report(workdir: epath.Path) -> dict[str, Any]:
     """Return a reward model's held-out figures."""
-    return json.loads((workdir / REPORT).read_text())
+    return read_json_object(workdir / REPORT)
 
 
 def _scorer(config: SpeedrunConfig, workdir: epath.Path) -> RewardFn:

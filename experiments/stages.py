@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from experiments.entry import plain
+from llm.data.disk import read_json_object
 from llm.training.files import write_atomically
 from llm.training.goodput import start_stage
 from llm.training.run_config import check_config, record_config
@@ -37,7 +38,10 @@ class Stages:
         self._file, self._say = epath.Path(workdir) / _FILE, say
         self._record: dict[str, dict[str, Any]] = {}
         if self._file.exists():
-            self._record = json.loads(self._file.read_text())
+            self._record = read_json_object(self._file)
+            entries = self._record.values()
+            if not all(isinstance(e, dict) and type(e.get("seconds")) is float for e in entries):
+                raise ValueError(f"{self._file} is damaged; remove it to run all stages again")
 
     def run(self, name: str, stage: Callable[[], Any]) -> Any:
         """Return the stage's result: what it returned before, or what it returns now.

@@ -3,6 +3,8 @@
 import os
 import tempfile
 
+import hypothesis
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # No LLVM optimisation: compiling takes a third less, and no test is about speed.
 _FLAGS = (
@@ -21,3 +23,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _COMPILED = tempfile.TemporaryDirectory(prefix="compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+# The same examples each time; HYPOTHESIS_PROFILE=long searches longer, from other seeds each time.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=3000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

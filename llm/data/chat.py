@@ -65,10 +65,14 @@ def render_template(
     present = [{k: v for k, v in message.items() if v is not None} for message in messages]
     try:
         return _compile(template).render(
-            messages=present, add_generation_prompt=add_generation_prompt, **variables
+            messages=present,
+            add_generation_prompt=add_generation_prompt,
+            range=_CountedRange(),
+            **variables,
         )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise ChatError(f"the chat template cannot render these messages: {error}") from error
+    except Exception as error:  # a template is a program of somebody's: it may raise anything
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ChatError(f"the chat template cannot render these messages: {text:.300}") from error
 
 
 def render_with_spans(
@@ -167,9 +171,41 @@ class _GenerationTag(jinja2.ext.Extension):
         return begin + caller() + end
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which `'a' * 10**10` is refused too."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(
+        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
+    ) -> Any:
+        sizes = [x if isinstance(x, int) else len(x) if hasattr(x, "__len__") else 0
+                 for x in (left, right)]  # fmt: skip
+        if max(map(abs, sizes)) > _MOST_REPEATS or (operator == "**" and abs(sizes[1]) > 64):
+            raise jinja2.TemplateError(f"{operator} of numbers as large as {max(sizes)}")
+        return super().call_binop(context, operator, left, right)
+
+
+class _CountedRange:
+    """`range` in one rendering: it gives so many numbers in all, nested loops or not."""
+
+    def __init__(self):
+        self._left = _MOST_REPEATS
+
+    def __call__(self, *arguments: int) -> range:
+        numbers = range(*arguments)
+        self._left -= len(numbers)
+        if self._left < 0:
+            raise jinja2.TemplateError(f"range gives more than {_MOST_REPEATS} numbers")
+        return numbers
+
+
+_MOST_REPEATS = 1_000_000
+
+
 @functools.lru_cache(maxsize=64)
 def _compile(template: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json

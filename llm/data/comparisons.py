@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from llm.data.chat import ChatError
 from llm.data.config import ComparisonsConfig
 from llm.data.conversations import Messages
 from llm.data.feedback import Feedback
@@ -70,10 +71,14 @@ def encode_answers(
     behind that is left off. Losses and rewards both read these rows.
 
     Raises:
-      ValueError: the chat template renders the prompt, called `identity`, otherwise before answers.
+      ValueError: the chat template refuses the prompt, called `identity`, or renders it otherwise
+        before answers.
     """
-    before = tokenizer.encode_chat(prompt, add_generation_prompt=True)
-    return [_encode_answer(prompt, before, each, tokenizer, identity) for each in responses]
+    try:
+        before = tokenizer.encode_chat(prompt, add_generation_prompt=True)
+        return [_encode_answer(prompt, before, each, tokenizer, identity) for each in responses]
+    except ChatError as error:
+        raise ChatError(f"{identity}: {error}") from error
 
 
 def _encode_answer(

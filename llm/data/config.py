@@ -6,6 +6,8 @@ import os
 import pathlib
 from typing import Literal, get_args
 
+from llm.parallel.checks import LARGEST, check_names, check_ranges
+
 SourceKind = Literal["tfds", "files", "huggingface"]
 TokenizerKind = Literal["train", "file", "bytes", "gpt2"]
 Packing = Literal["global", "online"]
@@ -57,14 +59,9 @@ class SourceConfig:
     def __post_init__(self) -> None:
         _check_choice("source kind", self.kind, get_args(SourceKind))
         _check_choice("source format", self.format, get_args(RowFormat))
-        if not 0.0 <= self.validation_fraction < 1.0:
-            raise ValueError(
-                f"validation_fraction is {self.validation_fraction}; it must lie in [0, 1)"
-            )
-        if self.weight is not None and self.weight < 0:
-            raise ValueError(f"source weight is {self.weight}; it must not be negative")
-        if self.max_document_bytes < 1:
-            raise ValueError(f"max_document_bytes is {self.max_document_bytes}; it must be ≥ 1")
+        check_ranges(
+            self, not_negative="weight", size="max_document_bytes", below_one="validation_fraction"
+        )
 
     @property
     def has_validation(self) -> bool:
@@ -89,8 +86,12 @@ class TokenizerConfig:
         _check_choice("tokenizer kind", self.kind, get_args(TokenizerKind))
         if self.kind == "file" and not self.path:
             raise ValueError('tokenizer kind "file" needs tokenizer.path; it is empty')
-        if self.vocab_size < 1:
-            raise ValueError(f"tokenizer.vocab_size is {self.vocab_size}; it must be positive")
+        check_ranges(
+            self,
+            section="tokenizer.",
+            size="vocab_size",
+            within={"max_train_bytes_per_source": "[1, inf)"},
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,16 +116,14 @@ class ComparisonsConfig:
             raise ValueError(
                 f"comparisons.source.format is {self.source.format!r}; it must be feedback"
             )
-        least_values = {
-            "length_tokens": 2,
-            "batch_prompts": 1,
-            "max_responses": 2,
-            "max_validation_prompts": 1,
-        }
-        for name, least in least_values.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"comparisons.{name} is {value}; it must be at least {least}")
+        check_ranges(
+            self,
+            section="comparisons.",
+            size="batch_prompts max_validation_prompts",
+            count="max_bad_rows",
+            seed="seed",
+            within=dict.fromkeys(("length_tokens", "max_responses"), f"[2, {LARGEST}]"),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,19 +154,21 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_choice("data.packing", self.packing, get_args(Packing))
-        for name in ("length_tokens", "batch_sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be positive")
-        if self.unique_rows is not None and (self.unique_rows < 1 or self.packing == "online"):
-            raise ValueError(
-                f"data.unique_rows is {self.unique_rows}: it must be positive, and packing global"
-            )
+        check_ranges(
+            self,
+            section="data.",
+            size="length_tokens batch_sequences unique_rows",
+            seed="seed",
+            count="max_bad_rows",
+            share="max_overlap_fraction",
+            within={"num_workers": "[0, 10000]"},
+        )
+        check_names(self.sources, "data.sources")
+        if self.unique_rows is not None and self.packing == "online":
+            raise ValueError(f"data.unique_rows={self.unique_rows}: data.packing must be global")
         chats = [name for name, source in self.sources.items() if source.format != "text"]
         if chats and self.packing == "online":
             raise ValueError(f"data.sources.{chats[0]} holds conversations: packing must be global")
-        for name in ("max_bad_rows", "num_workers", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it must not be negative")
 
 
 def cache_root(cache_dir: str = "") -> pathlib.Path:

@@ -58,10 +58,8 @@ def check_messages(turns: Any) -> Messages:
     Raises:
       ConversationError: something else than a list of turns, an unknown role, or an empty turn.
     """
-    if isinstance(turns, Mapping) and turns:  # TFDS gives a sequence of dicts as a dict of lists
-        turns = [
-            dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)
-        ]
+    if isinstance(turns, Mapping):
+        turns = _turns_of_columns(turns)
     if not isinstance(turns, list | tuple) or not turns:
         raise ConversationError(f"the conversation is {_shown(turns)}, not a list of turns")
     messages = []
@@ -79,6 +77,15 @@ def check_messages(turns: Any) -> Messages:
             raise ConversationError(f"turn {number}, of the {role}, is empty")
         messages.append({"role": role, "content": content})
     return tuple(messages)
+
+
+def _turns_of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the turns of a dict of lists, as which TFDS gives a sequence of dicts."""
+    try:
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    except (TypeError, ValueError) as error:
+        raise ConversationError("the conversation is an object, not a list of turns") from error
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _field(fields: Mapping[str, Any], name: str) -> Any:

@@ -8,6 +8,9 @@ import os
 import pathlib
 import platform
 from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
 
 
 @contextlib.contextmanager
@@ -37,6 +40,23 @@ def remove_leftovers(directory: pathlib.Path) -> None:
             path.unlink(missing_ok=True)
         except (PermissionError, ValueError):
             continue  # another user's, or not ours
+
+
+def read_json_object(path: epath.PathLike) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not UTF-8, no JSON, nested too deeply, or no object; names the file.
+    """
+    text = epath.Path(path).read_bytes()
+    try:
+        value = json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}; it must hold a JSON object")
+    return value
 
 
 def write_json(path: pathlib.Path, value: object) -> None:

@@ -91,6 +91,8 @@ def _record(row: Row, config: ComparisonsConfig) -> Feedback | BadRow:
         record = from_row(fields, config.kind, f"{row.source}:{row.row}")
     except FeedbackError as error:
         return BadRow(row.source, row.row, str(error))
+    except RecursionError:
+        return BadRow(row.source, row.row, "values are nested too deeply")
     system = config.source.system_message
     if system and record.prompt[0]["role"] != "system":
         prompt = ({"role": "system", "content": system}, *record.prompt)

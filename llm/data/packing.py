@@ -8,7 +8,6 @@ import hashlib
 import os
 import pathlib
 import warnings
-import zipfile
 
 import numpy as np
 from jaxtyping import Int, Int64
@@ -102,8 +101,8 @@ def load_pack_plan(
     path = pathlib.Path(cache_dir) / f"plan-{sha.hexdigest()[:32]}.npz"
     if path.exists():
         try:
-            return _read_plan(path, row_length, seed)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            return _read_plan(path, lengths, row_length, seed)
+        except Exception as error:  # NumPy and zipfile raise a dozen kinds on what is damaged
             warnings.warn(f"pack plan {path} is damaged ({error}); making it again", stacklevel=2)
     plan = make_pack_plan(lengths, row_length, seed)
     arrays = {name: getattr(plan, name) for name in ("row_offsets", "doc", "start", "length")}
@@ -113,13 +112,22 @@ def load_pack_plan(
     return plan
 
 
-def _read_plan(path: pathlib.Path, row_length: int, seed: int) -> PackPlan:
+def _read_plan(
+    path: pathlib.Path, lengths: Int[np.ndarray, " documents"], row_length: int, seed: int
+) -> PackPlan:
     with np.load(path, allow_pickle=False) as saved:
         arrays = {name: saved[name] for name in ("row_offsets", "doc", "start", "length")}
         digest = str(saved["digest"])
     plan = PackPlan(row_length, seed, **arrays)
     if plan.digest != digest:
         raise ValueError(f"its digest is {plan.digest[:12]}, recorded was {digest[:12]}")
+    # Whoever wrote it could write its digest: nothing in it may lead outside of the documents.
+    pieces = np.diff(plan.row_offsets, prepend=0, append=len(plan.doc))
+    if (
+        min(plan.doc.min(initial=0), plan.start.min(initial=0), pieces.min(initial=0)) < 0
+        or (plan.start + plan.length > lengths[plan.doc]).any()
+    ):
+        raise ValueError("it names pieces of documents that are not there")
     return plan
 
 

@@ -11,9 +11,9 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from llm.data.config import DataConfig, SourceConfig, cache_root
-from llm.data.disk import remove_leftovers, write_json
+from llm.data.disk import read_json_object, remove_leftovers, write_json
 from llm.data.merge import merge, write_held_out_sample
-from llm.data.prepared import FORMAT_VERSION, PreparedSplit, storage_dtype
+from llm.data.prepared import FORMAT_VERSION, PreparedDataError, PreparedSplit, storage_dtype
 from llm.data.progress import PrepareProgress
 from llm.data.shard_writer import (
     ShardTask,
@@ -81,7 +81,7 @@ def prepare(
     if not (path / "report.json").exists():
         remove_leftovers(path)
         _prepare(path, sources, config, tokenizer, num_workers)
-    report = json.loads((path / "report.json").read_bytes())
+    report = _read_report(path / "report.json")
     _check_report(report, config)
     splits = {
         split: {name: PreparedSplit(path / name / split) for name in report[split]}
@@ -239,6 +239,13 @@ class _Workers:
                     "memory; start again with fewer data.num_workers: finished shards are kept"
                 ) from error
             yield futures[future], marker
+
+
+def _read_report(path: pathlib.Path) -> dict:
+    report = read_json_object(path)
+    if not all(isinstance(report.get(part), dict) for part in ("train", "validation", "bad_rows")):
+        raise PreparedDataError(f"{path} is damaged; delete {path.parent} and prepare it again")
+    return report
 
 
 def _check_report(report: dict, config: DataConfig) -> None:

@@ -4,7 +4,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import pathlib
 import threading
@@ -14,7 +13,7 @@ import numpy as np
 from array_record.python import array_record_module
 from jaxtyping import Float32, Int, Int32, Int64, UInt
 
-from llm.data.disk import file_facts, write_json, written_aside
+from llm.data.disk import file_facts, read_json_object, write_json, written_aside
 from llm.data.packing import concatenated_ranges
 
 # A document is stored in records of this many tokens, so that a piece of a long one is read
@@ -151,12 +150,12 @@ class PreparedSplit:
         self.path = pathlib.Path(path)
         self.manifest = _load_manifest(self.path)
         _check_file(self.path / "index.npz", self.manifest["index"], hashed=True)
-        with np.load(self.path / "index.npz", allow_pickle=False) as index:
-            self._shard, self._record = index["shard"], index["record"]
-            self.num_tokens: Int64[np.ndarray, " documents"] = index["num_tokens"]
-            # Tokens that are learnt: all but the first, or those of the assistant.
-            self.num_targets: Int64[np.ndarray, " documents"] = index["num_targets"]
-            self.num_bytes: Int64[np.ndarray, " documents"] = index["num_bytes"]
+        index = _load_index(self.path / "index.npz", len(self.manifest["shards"]))
+        self._shard, self._record = index["shard"], index["record"]
+        self.num_tokens: Int64[np.ndarray, " documents"] = index["num_tokens"]
+        # Tokens that are learnt: all but the first, or those of the assistant.
+        self.num_targets: Int64[np.ndarray, " documents"] = index["num_targets"]
+        self.num_bytes: Int64[np.ndarray, " documents"] = index["num_bytes"]
         self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
         # Prefetch threads share the readers, and not every ArrayRecord release lets them.
         self._lock = threading.Lock()
@@ -271,7 +270,7 @@ def loss_mask(words: UInt[np.ndarray, " words"]) -> Float32[np.ndarray, " words"
 
 def _load_manifest(path: pathlib.Path) -> dict:
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
+        manifest = read_json_object(path / "manifest.json")
     except FileNotFoundError:
         raise PreparedDataError(
             f"{path} holds no prepared split (no manifest.json); run experiments.prepare_data"
@@ -280,12 +279,31 @@ def _load_manifest(path: pathlib.Path) -> dict:
         raise PreparedDataError(
             f"{path}/manifest.json is damaged ({error}); delete {path}"
         ) from None
-    if manifest["format"] != FORMAT_VERSION:
+    if manifest.get("format") != FORMAT_VERSION:
         raise PreparedDataError(
-            f"{path} has format {manifest['format']}, this code reads {FORMAT_VERSION}; "
+            f"{path} has format {manifest.get('format')!r}, this code reads {FORMAT_VERSION}; "
             "delete it and prepare it again"
         )
+    shards = manifest.get("shards")
+    files = [manifest.get("index"), *(shards if isinstance(shards, list) else [None])]
+    whole = all(isinstance(file, dict) and {"size", "sha256"} <= file.keys() for file in files)
+    if not whole or manifest.get("dtype") not in ("<u2", "<u4") or "masked" not in manifest:
+        raise PreparedDataError(f"{path}/manifest.json is damaged; delete {path}")
     return manifest
+
+
+def _load_index(path: pathlib.Path, num_shards: int) -> dict[str, np.ndarray]:
+    names = ("shard", "record", "num_tokens", "num_targets", "num_bytes")
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            index = {name: saved[name] for name in names}
+    except Exception as error:  # NumPy and zipfile raise a dozen kinds on what is damaged
+        raise PreparedDataError(f"{path} is damaged ({error}); prepare it again") from error
+    shapes = {(array.ndim, len(array)) if array.ndim else None for array in index.values()}
+    numbers = all(array.dtype.kind == "i" and array.min(initial=0) >= 0 for array in index.values())
+    if len(shapes) != 1 or not numbers or index["shard"].max(initial=-1) >= num_shards:
+        raise PreparedDataError(f"{path} is damaged; delete its directory and prepare it again")
+    return index
 
 
 def _check_file(path: pathlib.Path, facts: Mapping[str, object], *, hashed: bool) -> None:

@@ -30,6 +30,12 @@ class BadRow:
     row: int
     reason: str
 
+    def __post_init__(self) -> None:
+        # It may quote the row, and that may be anything: reports want a short, printable line.
+        reason = self.reason if len(self.reason) <= 300 else self.reason[:297] + "..."
+        shown = (c if c.isprintable() else repr(c)[1:-1] for c in reason)
+        object.__setattr__(self, "reason", "".join(shown))
+
     def __str__(self) -> str:
         return f"{self.source}:{self.row} {self.reason}"
 

@@ -15,6 +15,7 @@ from multiprocessing import connection
 
 import numpy as np
 
+from llm.data.chat import ChatError
 from llm.data.disk import file_facts, write_json, written_aside
 from llm.data.duplicates import HeldOutSample, make_held_out_sample, sample_shingles
 from llm.data.prepared import StoredDocument, shard_path, storage_dtype, write_shard
@@ -145,8 +146,7 @@ class _DocumentReader:
         held_out = _load_held_out(self._task.held_out_path)
         for row in itertools.chain.from_iterable(map(self._task.source.read, self._task.parts)):
             if isinstance(row, BadRow):
-                self.bad_rows.append(row)
-                check_bad_rows(self._task.name, self.bad_rows, self._task.max_bad_rows)
+                self._leave_out(row)
                 continue
             if held_out is None:
                 self._samples.append(sample_shingles(row.text))
@@ -156,6 +156,20 @@ class _DocumentReader:
                     self._near.append((len(self._digests), row.id, int(document), float(share)))
             self._digests.append(hashlib.sha256(row.text.encode()).digest()[:16])
             yield row
+
+    def refuse(self, document: Document, reason: str) -> None:
+        """Make the document that was just yielded a bad row: it cannot be tokenised."""
+        self._digests.pop()
+        if self._task.held_out_path is None:
+            self._samples.pop()
+            self._held_out_ids.pop()
+        self._near = [near for near in self._near if near[0] < len(self._digests)]
+        source, _, row = document.id.rpartition(":")
+        self._leave_out(BadRow(source, int(row), reason))
+
+    def _leave_out(self, row: BadRow) -> None:
+        self.bad_rows.append(row)
+        check_bad_rows(self._task.name, self.bad_rows, self._task.max_bad_rows)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Return what was gathered: texts' digests, and samples or near duplicates."""
@@ -176,17 +190,22 @@ class _DocumentReader:
         }
 
 
-def _tokenized(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[StoredDocument]:
+def _tokenized(documents: _DocumentReader, tokenizer: Tokenizer) -> Iterator[StoredDocument]:
     """Yield texts between BOS and EOS, and conversations as the template has them.
 
-    A conversation's size is that of what is learnt of it: the assistant's turns.
+    A conversation's size is that of what is learnt of it: the assistant's turns. One that the
+    template refuses (two turns of one role, perhaps) is a bad row.
     """
     for is_chat, run in itertools.groupby(documents, lambda document: bool(document.messages)):
         if not is_chat:
             yield from _tokenized_texts((document.text for document in run), tokenizer)
             continue
         for document in run:
-            tokens, mask = tokenizer.encode_chat_masked(document.messages)
+            try:
+                tokens, mask = tokenizer.encode_chat_masked(document.messages)
+            except ChatError as error:
+                documents.refuse(document, str(error))
+                continue
             learnt = [m["content"] for m in document.messages if m["role"] == "assistant"]
             yield StoredDocument(tokens, sum(len(text.encode()) for text in learnt), mask)
 

@@ -97,6 +97,9 @@ class FilesReader:
             yield BadRow(shard.name, 1, reason)
             return
         text = content.removeprefix(_BYTE_ORDER_MARK)
+        if b"\0" in text:
+            yield BadRow(shard.name, 1, "not text: it holds zero bytes")
+            return
         yield Row({self.text_field: text}, shard.name, 1, group=dict(self.files)[shard.name])
 
 
@@ -117,6 +120,9 @@ def open_files(paths: Sequence[str], text_field: str, max_document_bytes: int) -
         if not found:
             raise SourceError(_nothing_found(pattern))
         files.update(found)
+    for path in files:
+        if any("\ud800" <= character <= "\udfff" for character in path):
+            raise SourceError(f"the name of the file {path!r} is not UTF-8; rename it")
     formats = {_format(path): path for path in files}
     if len(formats) > 1:
         examples = ", ".join(f"{path} ({kind})" for kind, path in formats.items())
@@ -132,6 +138,8 @@ def _expand(pattern: str) -> dict[str, str]:
     if path.exists():
         if path.is_dir():
             raise SourceError(f"{pattern} is a folder; name its files: {path / '*.jsonl'}")
+        if "://" not in pattern and not os.path.isfile(pattern):
+            raise SourceError(f"{pattern} is a pipe or device, which cannot be read twice")
         return {pattern: path.name}
     wildcards = [pattern.index(c) for c in "*?[" if c in pattern]
     base = pattern[: min(wildcards, default=len(pattern))].rpartition("/")[0]

@@ -77,10 +77,9 @@ class Source:
             return BadRow(row.source, row.row, text.reason)
         if not text or text.isspace():
             return BadRow(row.source, row.row, "empty text")
-        try:
-            encoded = text.encode("utf-8")
-        except UnicodeEncodeError:
-            return BadRow(row.source, row.row, "not Unicode: half of a surrogate pair")
+        if messages and _has_half_pair(text):
+            return BadRow(row.source, row.row, _HALF_PAIR)
+        encoded = text.encode("utf-8")
         if len(encoded) > self.config.max_document_bytes:
             reason = f"{len(encoded)} bytes, more than max_document_bytes"
             return BadRow(row.source, row.row, f"{reason}={self.config.max_document_bytes}")
@@ -113,9 +112,20 @@ class _Fault:
     reason: str
 
 
+_HALF_PAIR = "not Unicode: half of a surrogate pair"
+
+
+def _has_half_pair(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _as_text(value: Any, field: str, numbers: bool = False) -> str | _Fault:
     if isinstance(value, str):
-        return value
+        return _Fault(_HALF_PAIR) if _has_half_pair(value) else value
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")

@@ -16,7 +16,8 @@ from llm.data.chat import DEFAULT_CHAT_TEMPLATE
 from llm.data.config import DataConfig, SourceConfig, cache_root
 from llm.data.packages import gpt2_tokenizer_files
 from llm.data.sources import BadRow, SourceError, describe, open_source
-from llm.data.tokenizers import Tokenizer, TokenizerError, load_tokenizer
+from llm.data.tokenizer_files import load_tokenizer
+from llm.data.tokenizers import Tokenizer, TokenizerError
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 CONTROL_TOKENS = (BOS, EOS, PAD, "<|system|>", "<|user|>", "<|assistant|>")

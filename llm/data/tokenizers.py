@@ -26,8 +26,8 @@ from llm.data.chat import (
 # Names of begin and end tokens where a bare tokenizer.json does not tell them.
 _KNOWN_BOS = ("<|bos|>", "<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>", "[CLS]")
 _KNOWN_EOS = ("<|eos|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|endoftext|>", "[SEP]")
-_TOKEN_FIELDS = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token")
-_TOKEN_FIELDS += ("mask_token",)
+TOKEN_FIELDS = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token")
+TOKEN_FIELDS += ("mask_token",)
 
 
 class TokenizerError(ValueError):
@@ -165,7 +165,8 @@ class Tokenizer:
     @functools.cached_property
     def vocab_size(self) -> int:
         """The largest id plus one."""
-        return max(self._control_backend.get_vocab(with_added_tokens=True).values()) + 1
+        ids = self._control_backend.get_vocab(with_added_tokens=True).values()
+        return max(ids, default=-1) + 1
 
     @functools.cached_property
     def eos_id(self) -> int:
@@ -215,7 +216,7 @@ class Tokenizer:
     @functools.cached_property
     def control_tokens(self) -> dict[str, str]:
         """Roles and spellings of the control tokens: {"bos_token": "<|bos|>", …}."""
-        tokens = {name: self._config.get(name) for name in _TOKEN_FIELDS}
+        tokens = {name: self._config.get(name) for name in TOKEN_FIELDS}
         spelled = {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
         return {name: token for name, token in spelled.items() if token is not None}
 
@@ -307,44 +308,3 @@ class Tokenizer:
             f"the tokenizer has no {fields[0]}; name one in tokenizer_config.json "
             f"(its control tokens: {', '.join(self._controls_long_first) or 'none'})"
         )
-
-
-# --- Loading --------------------------------------------------------------------------------
-
-
-def load_tokenizer(path: epath.PathLike) -> Tokenizer:
-    """Return the tokenizer of a directory (a workdir's, Hugging Face's) or a tokenizer.json.
-
-    Settings and chat template are taken from the files beside tokenizer.json, if there.
-
-    Raises:
-      TokenizerError: no such file, or it is not a tokenizer's.
-    """
-    file = epath.Path(path)
-    if file.is_dir():
-        file = file / "tokenizer.json"
-    if not file.exists():
-        raise TokenizerError(f"no tokenizer at {path}: there is no {file}")
-    try:
-        backend = tokenizers.Tokenizer.from_str(file.read_text())
-    except Exception as error:  # tokenizers raises Exception itself
-        raise TokenizerError(f"{file} is not a Hugging Face tokenizer.json: {error}") from error
-    tokenizer = Tokenizer.make(backend, _load_settings(file.parent))
-    _ = tokenizer.eos_id  # documents need an end: fail here, not in training
-    return tokenizer
-
-
-def _load_settings(folder: epath.Path) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            settings.update(json.loads((folder / name).read_text()))
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several by name, of which the default serves for chat
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default", next(iter(named.values()), None))
-    if (folder / "chat_template.jinja").exists():  # goes before the setting, as in transformers
-        template = (folder / "chat_template.jinja").read_text()
-    if template is not None:
-        settings["chat_template"] = template
-    return settings

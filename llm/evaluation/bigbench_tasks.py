@@ -225,7 +225,7 @@ def _read_format(data: Mapping[str, Any], file: epath.PathLike) -> Format:
 def _load(file: epath.PathLike) -> dict[str, Any]:
     try:
         data = json.loads(epath.Path(file).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise TaskError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise TaskError(f"{file} must hold a JSON object, not a {type(data).__name__}")

@@ -7,7 +7,6 @@ import concurrent.futures
 import json
 import lzma
 import os
-import pickle
 import subprocess
 import sys
 import zlib
@@ -83,10 +82,13 @@ def _measure_apart(args: tuple[str, bytes, list[bytes]]) -> dict[str, list[int]]
     """Run `_measure` in a fresh process, which may fork: this one may hold JAX's threads."""
     # -P: this file's folder stays off the import path, where it could hide other modules.
     command = [sys.executable, "-P", __file__]
-    done = subprocess.run(command, input=pickle.dumps(args), capture_output=True, check=False)
+    name, training, texts = args
+    header = json.dumps({"name": name, "lengths": [len(training), *map(len, texts)]})
+    content = b"".join([header.encode(), b"\n", training, *texts])
+    done = subprocess.run(command, input=content, capture_output=True, check=False)
     if done.returncode:
         raise RuntimeError(
-            f"measuring {args[0]} on {len(args[1])} bytes of training text ended with status "
+            f"measuring {name} on {len(training)} bytes of training text ended with status "
             f"{done.returncode} (a negative one is a signal: out of memory is -9): "
             + done.stderr.decode(errors="replace")[-2000:]
         )
@@ -172,4 +174,6 @@ def _xz(longest: int):
 _COMPRESSORS = {"gzip": _gzip, "zstd": _zstd, "xz": _xz}
 
 if __name__ == "__main__":
-    json.dump(_measure(*pickle.load(sys.stdin.buffer)), sys.stdout)
+    header = json.loads(sys.stdin.buffer.readline())
+    training, *texts = (sys.stdin.buffer.read(length) for length in header["lengths"])
+    json.dump(_measure(header["name"], training, texts), sys.stdout)

@@ -3,6 +3,7 @@
 import dataclasses
 
 from llm.data.config import SourceConfig
+from llm.parallel.checks import check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,5 +20,4 @@ class JudgeConfig:
     seed: int = 0  # of their sampling
 
     def __post_init__(self):
-        if self.num_responses < 1:
-            raise ValueError(f"judge.num_responses={self.num_responses}: must be positive")
+        check_ranges(self, section="judge.", size="num_responses", seed="seed")

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from llm.parallel.checks import check_ranges
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -15,21 +17,13 @@ class SamplingConfig:
     repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the reply get less likely
 
     def __post_init__(self) -> None:
-        _require(
-            self.max_new_tokens >= 1,
-            f"max_new_tokens={self.max_new_tokens}: must be at least 1",
-        )
-        _require(self.temperature >= 0, f"temperature={self.temperature}: must not be negative")
-        _require(self.top_k is None or self.top_k >= 1, f"top_k={self.top_k}: must be at least 1")
-        _require(
-            self.top_p is None or 0 < self.top_p <= 1, f"top_p={self.top_p}: must lie in (0, 1]"
-        )
-        _require(
-            self.min_p is None or 0 <= self.min_p <= 1, f"min_p={self.min_p}: must lie in [0, 1]"
-        )
-        _require(
-            self.repetition_penalty > 0,
-            f"repetition_penalty={self.repetition_penalty}: must be positive; 1 changes nothing",
+        check_ranges(
+            self,
+            size="max_new_tokens top_k",
+            not_negative="temperature",
+            positive="repetition_penalty",
+            share="min_p",
+            within={"top_p": "(0, 1]"},
         )
 
     @property
@@ -37,8 +31,3 @@ class SamplingConfig:
         """Whether tokens are drawn by softmax(logits / temperature) as it is."""
         filters = self.top_k, self.top_p, self.min_p
         return self.temperature > 0 and filters == (None,) * 3 and self.repetition_penalty == 1.0
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -6,11 +6,14 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import Any
 
+from llm.interop.layer_kinds import count_layers, fold, windows
 from llm.interop.layout import Row
 from llm.interop.rope import rope_from_huggingface, rope_to_huggingface
 from llm.interop.weight_tables import APERTUS_ROWS, GPT2_ROWS, LLAMA_ROWS
 from llm.models.config import TransformerConfig
+from llm.parallel.checks import shown
 
 # Buffers that older versions of transformers wrote beside the weights.
 _BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
@@ -47,25 +50,33 @@ def config_from_huggingface(theirs: dict) -> TransformerConfig:
     family = family_named(theirs.get("model_type"))
     quantization = theirs.get("quantization_config")
     if quantization is not None:
-        method = quantization.get("quant_method", "?")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else "?"
         raise ValueError(f"the weights are quantised ({method}); supported: full-precision weights")
     try:
-        return family.to_ours(theirs)
+        ours = family.to_ours(theirs)
     except KeyError as error:
         raise ValueError(f"the key {error} is missing") from error
-    except TypeError as error:
-        raise ValueError(f"a value is of the wrong type: {error}") from error
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"a value is of the wrong type or size: {text:.300}") from error
+    for field in dataclasses.fields(ours):
+        if field.type is bool and not isinstance(getattr(ours, field.name), bool):
+            value = shown(getattr(ours, field.name))
+            raise ValueError(
+                f"what becomes model.{field.name} is {value}; it must be true or false"
+            )
+    return ours
 
 
-def family_named(model_type: str | None) -> Family:
+def family_named(model_type: Any) -> Family:
     """Return the family that config.json calls by this model_type.
 
     Raises:
       ValueError: we do not have it.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+            f"model_type {shown(model_type)} is not supported; supported: {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
 
@@ -176,8 +187,8 @@ def _llama_like(
     theirs: dict, activations: dict[str, str] = _GATED_ACTIVATIONS, **fields
 ) -> TransformerConfig:
     width, num_heads = theirs["hidden_size"], theirs["num_attention_heads"]
-    kinds = fields.pop("kinds", ("global",) * theirs["num_hidden_layers"])
-    prefix, cycle = _fold(kinds)
+    kinds = fields.pop("kinds", None) or ("global",) * count_layers(theirs)
+    prefix, cycle = fold(kinds)
     fields = dict(head_dim=theirs.get("head_dim") or width // num_heads) | fields
     return TransformerConfig(
         vocab_size=theirs["vocab_size"],
@@ -211,7 +222,7 @@ def _llama_to_ours(theirs: dict) -> TransformerConfig:
 
 
 def _qwen2_to_ours(theirs: dict) -> TransformerConfig:
-    return _llama_like(theirs, attention_bias="qkv", **_windows(theirs))
+    return _llama_like(theirs, attention_bias="qkv", **windows(theirs))
 
 
 def _qwen3_to_ours(theirs: dict) -> TransformerConfig:
@@ -221,7 +232,7 @@ def _qwen3_to_ours(theirs: dict) -> TransformerConfig:
         head_dim=theirs.get("head_dim") or 128,
         attention_bias="all" if theirs.get("attention_bias", False) else "none",
         qk_norm=True,
-        **_windows(theirs),
+        **windows(theirs),
     )
 
 
@@ -276,45 +287,10 @@ def _apertus_to_theirs(config: TransformerConfig) -> dict:
     return theirs | {"hidden_act": _first_key(_UNGATED_ACTIVATIONS, config.activation)}
 
 
-def _windows(theirs: dict) -> dict:
-    """Return the fields that say which of Qwen's layers see a sliding window, and how wide."""
-    names = {"full_attention": "global", "sliding_attention": "local"}
-    num_layers, window = theirs["num_hidden_layers"], theirs.get("sliding_window")
-    if not theirs.get("use_sliding_window", False):
-        window = None
-    types = theirs.get("layer_types")
-    if types is None:
-        full = theirs.get("max_window_layers", 28) if window else num_layers
-        types = ["full_attention" if i < full else "sliding_attention" for i in range(num_layers)]
-    if len(types) != num_layers or not set(types) <= names.keys():
-        raise ValueError(
-            f"layer_types={types} must name one of {', '.join(names)} for each of the "
-            f"{num_layers} layers"
-        )
-    if "sliding_attention" not in types:
-        return {}
-    if not window:
-        raise ValueError(
-            "layer_types asks for sliding_attention, but use_sliding_window and sliding_window do "
-            "not say how wide the window is"
-        )
-    return {"kinds": tuple(names[kind] for kind in types), "sliding_window_tokens": window}
-
-
-def _fold(kinds: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return (prefix, cycle) with prefix + cycle·n = kinds, as short as can be together."""
-    for total in range(1, len(kinds) + 1):
-        for prefix in range(total):
-            cycle, rest = total - prefix, kinds[prefix:]
-            if len(rest) % cycle == 0 and rest == rest[:cycle] * (len(rest) // cycle):
-                return kinds[:prefix], rest[:cycle]
-    raise ValueError("the model has no layers")
-
-
 def _choose(theirs: dict, key: str, default: str, choices: dict[str, str]) -> str:
     value = theirs.get(key, default)
     if value not in choices:
-        raise ValueError(f"{key}={value!r} is not supported; supported: {', '.join(choices)}")
+        raise ValueError(f"{key}={shown(value)} is not supported; supported: {', '.join(choices)}")
     return choices[value]
 
 
@@ -326,7 +302,7 @@ def _first_key(choices: dict[str, str], value: str) -> str:
 def _require_values(theirs: dict, **values) -> None:
     for key, value in values.items():
         if theirs.get(key, value) != value:
-            raise ValueError(f"{key}={theirs[key]!r} is not supported; only {value!r} is")
+            raise ValueError(f"{key}={shown(theirs[key])} is not supported; only {value!r} is")
 
 
 FAMILIES = {

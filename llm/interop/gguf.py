@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import struct
 
 import gguf
 import numpy as np
 
 from llm.interop.checkpoint import Checkpoint
+from llm.interop.gguf_header import check_header
 from llm.interop.gguf_tokenizer import tokenizer_from_metadata
 from llm.interop.layout import load_params
 from llm.interop.weight_tables import GGUF_LLAMA_ROWS
@@ -25,8 +25,8 @@ class GGUFFile:
 
     def __init__(self, path: pathlib.Path):
         self.path = path
-        with _damage_named(path):
-            # one reader walks the whole header: a truncated file fails here
+        with damage_named(path):
+            check_header(path)
             reader = gguf.GGUFReader(path)
         self._fields = reader.fields
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -41,7 +41,7 @@ class GGUFFile:
         field = self._fields.get(key)
         if field is None:
             return default
-        with _damage_named(self.path):
+        with damage_named(self.path):
             value = field.contents()
         if field.types == [gguf.GGUFValueType.FLOAT32]:
             # 1e-5 was stored as 9.99999974e-06: take back the decimal number that was meant
@@ -86,10 +86,12 @@ def load_gguf(file: str | os.PathLike) -> Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file")
     source = GGUFFile(path)
-    config = _read_config(source)
-    names = [name for name in source.names if name != _ROPE_FACTORS]
-    params = load_params(GGUF_LLAMA_ROWS, config, names, source.read, str(path))
-    return Checkpoint(config, params, tokenizer_from_metadata(source.get, str(path)))
+    with damage_named(path):
+        config = _read_config(source)
+        shapes = {name: source.shape(name) for name in source.names if name != _ROPE_FACTORS}
+        params = load_params(GGUF_LLAMA_ROWS, config, shapes, source.read, str(path))
+        tokenizer = tokenizer_from_metadata(source.get, str(path))
+    return Checkpoint(config, params, tokenizer)
 
 
 def _read_config(source: GGUFFile) -> TransformerConfig:
@@ -176,9 +178,16 @@ def _with_rope_scaling(config: TransformerConfig, source: GGUFFile) -> Transform
 
 
 @contextlib.contextmanager
-def _damage_named(path: pathlib.Path):
-    """Turn what the gguf library raises on a damaged file into one clear error."""
+def damage_named(path: pathlib.Path):
+    """Turn what a library raises on a damaged file into one clear error."""
     try:
         yield
-    except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
-        raise ValueError(f"{path} is damaged or no GGUF file ({error}); fetch it again") from error
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # panics of the tokenizers library are no Exceptions
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise  # it is one
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{path} is damaged or no GGUF file ({text:.300}); fetch it again"
+        ) from error

@@ -6,7 +6,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from llm.data.tokenizers import Tokenizer, load_tokenizer
+from llm.data.disk import read_json_object
+from llm.data.tokenizer_files import load_tokenizer
+from llm.data.tokenizers import Tokenizer
 from llm.interop.checkpoint import Checkpoint
 from llm.interop.export_ledger import check_ledger, write_ledger
 from llm.interop.families import FAMILIES, config_from_huggingface, family_named, family_of
@@ -37,8 +39,9 @@ def load_huggingface(directory: str | os.PathLike) -> Checkpoint:
     family = family_named(theirs["model_type"])
     with open_safetensors(directory) as weights:
         names = family.canonical_names(weights.names, config)
+        shapes = {name: weights.shape(theirs) for name, theirs in names.items()}
         params = load_params(
-            family.rows, config, names, lambda name: weights.read(names[name]), str(directory)
+            family.rows, config, shapes, lambda name: weights.read(names[name]), str(directory)
         )
     has_tokenizer = (directory / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(directory) if has_tokenizer else None
@@ -93,13 +96,7 @@ def _read_config(directory: pathlib.Path) -> dict:
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is no Hugging Face model: it has no config.json")
-    try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(theirs, dict):
-        raise ValueError(f"{path} holds a {type(theirs).__name__}; it must hold an object")
-    return theirs
+    return read_json_object(path)
 
 
 def _config_json(

@@ -6,7 +6,7 @@ A row names both sides and their axes in the letters of DESIGN.md. Interop floor
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 
 import flax.traverse_util
 import numpy as np
@@ -116,28 +116,29 @@ def tensors(rows: Iterable[Row], config: TransformerConfig) -> list[Tensor]:
 def load_params(
     rows: Iterable[Row],
     config: TransformerConfig,
-    names: Iterable[str],
+    shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], np.ndarray],
     source: str,
 ) -> dict:
     """Return our parameters (float32 NumPy), reading one tensor of the file at a time.
 
-    `names` are the tensors that the file holds, `source` what errors call it. Vocabulary padding is
-    added as zero rows.
+    `shapes` are those of the tensors that the file holds, `source` is what errors call it.
+    Vocabulary padding is added as zero rows.
 
     Raises:
       ValueError: tensors are missing, unexpected, or of another shape than the config says.
     """
     wanted, sizes = tensors(rows, config), axis_sizes(config)
-    _check_names(wanted, set(names), source)
+    _check_names(wanted, shapes.keys(), source)
+    for tensor in wanted:  # all of them, before anything takes the memory that the config asks for
+        if tuple(shapes[tensor.name]) != tensor.shape:
+            raise ValueError(
+                f"{source}: tensor {tensor.name} has shape {tuple(shapes[tensor.name])}, but its "
+                f"config says {tensor.shape}"
+            )
     flat = {path: np.zeros(shape, np.float32) for path, shape in flat_shapes(config).items()}
     for tensor in wanted:
         values = read(tensor.name)
-        if values.shape != tensor.shape:
-            raise ValueError(
-                f"{source}: tensor {tensor.name} has shape {values.shape}, but its config says "
-                f"{tensor.shape}"
-            )
         parts = np.split(values, len(tensor.places), axis=-1)
         for part, (path, layer) in zip(parts, tensor.places, strict=True):
             part = rearrange(part, tensor.row.their_axes, tensor.row.our_axes, sizes)
@@ -208,7 +209,7 @@ def _layer_places(config: TransformerConfig) -> list[tuple[str, int | None]]:
     return places
 
 
-def _check_names(wanted: list[Tensor], names: set[str], source: str) -> None:
+def _check_names(wanted: list[Tensor], names: Set[str], source: str) -> None:
     expected = {tensor.name for tensor in wanted}
     missing = [tensor.name for tensor in wanted if tensor.name not in names]
     unexpected = sorted(names - expected)

@@ -1,7 +1,7 @@
 """LoRA adapters in the directories of Hugging Face's PEFT: out of our factors, and merged in.
 Interop floor."""
 
-import json
+import math
 import os
 import pathlib
 import re
@@ -12,17 +12,20 @@ import flax.traverse_util
 import numpy as np
 import safetensors.numpy
 
+from llm.data.disk import read_json_object
 from llm.interop.export_ledger import write_ledger
 from llm.interop.families import FAMILIES, family_of
 from llm.interop.huggingface import write_json
 from llm.interop.layout import Tensor, axis_sizes, rearrange, tensors
 from llm.interop.new_directory import new_directory
+from llm.interop.safetensors_files import open_file
 from llm.models.config import TransformerConfig
 from llm.models.transformer import Transformer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Fields of adapter_config.json that change what an adapter means, and the values that we read.
+_PATTERN = re.compile(r"\^?[\w.\\]*\w\$?")
 _PLAIN = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none"}
 
 
@@ -90,7 +93,8 @@ def merge_peft(directory: str | os.PathLike, config: TransformerConfig, params: 
     """
     directory = pathlib.Path(directory)
     theirs = read_peft_config(directory)
-    arrays = safetensors.numpy.load_file(directory / WEIGHTS)
+    with open_file(directory / WEIGHTS) as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}
     found = {tensor.name: tensor for tensor in tensors(FAMILIES[family_of(config)].rows, config)}
     flat, sizes = flax.traverse_util.flatten_dict(params, sep="/"), axis_sizes(config)
     flat = {path: np.array(x, np.float32) for path, x in flat.items()}
@@ -103,8 +107,15 @@ def merge_peft(directory: str | os.PathLike, config: TransformerConfig, params: 
         tensor = found.get(f"{match[1]}.weight")
         if tensor is None:
             raise ValueError(f"{directory}: {match[1]} is no module of the base model")
-        a, b = (arrays[name.replace("lora_A", f"lora_{x}")].astype(np.float32) for x in "AB")
-        delta = _scale(theirs, match[1]) * (b @ a)
+        a, b = arrays[name], arrays.get(name.replace("lora_A", "lora_B"), np.zeros(0))
+        if not (a.ndim == b.ndim == 2 and len(a) == b.shape[1]) or (
+            len(b) * a.shape[1] != math.prod(tensor.shape)
+        ):
+            raise ValueError(
+                f"{directory}: the factors of {match[1]} have shapes {a.shape} and {b.shape}; "
+                f"their product must have that of the base model's, {tensor.shape}"
+            )
+        delta = _scale(theirs, match[1]) * (b.astype(np.float32) @ a.astype(np.float32))
         delta = delta.T if theirs.get("fan_in_fan_out") else delta
         parts = np.split(delta.reshape(tensor.shape), len(tensor.places), axis=-1)
         for part, (path, layer) in zip(parts, tensor.places, strict=True):
@@ -117,13 +128,22 @@ def merge_peft(directory: str | os.PathLike, config: TransformerConfig, params: 
 def read_peft_config(directory: str | os.PathLike) -> dict:
     """Return adapter_config.json, checked to be of a kind that `merge_peft` merges."""
     file = pathlib.Path(directory) / CONFIG
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json_object(file)
     for field, plain in _PLAIN.items():
         if config.get(field, plain) != plain:
             raise ValueError(
                 f"{file} has {field}={config[field]!r}; only plain LoRA ({field}={plain!r}) is "
                 "read: merge it into its base model with PEFT first"
             )
+    numbers = [config.get("r"), config.get("lora_alpha")]
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        # Patterns are regular expressions there; one of those can run for ever.
+        if not isinstance(patterns, dict) or not all(map(_PATTERN.fullmatch, patterns)):
+            raise ValueError(f"{file}: {name} must be an object whose keys are names of modules")
+        numbers += patterns.values()
+    if not all(type(x) in (int, float) and 0 < x < 1e9 for x in numbers):
+        raise ValueError(f"{file}: r, lora_alpha and their patterns must be positive numbers")
     return config
 
 
@@ -163,10 +183,10 @@ def _scale(config: dict, module: str) -> float:
     """Return alpha / rank of a module, by the patterns that name it or its last parts."""
 
     def value(patterns: dict, default: float) -> float:
-        for pattern, given in (patterns or {}).items():
+        for pattern, given in patterns.items():
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 return given
         return default
 
-    alpha = value(config.get("alpha_pattern"), config["lora_alpha"])
-    return alpha / value(config.get("rank_pattern"), config["r"])
+    alpha = value(config.get("alpha_pattern") or {}, config["lora_alpha"])
+    return alpha / value(config.get("rank_pattern") or {}, config["r"])

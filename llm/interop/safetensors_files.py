@@ -10,6 +10,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from llm.data.disk import read_json_object
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -28,6 +30,10 @@ class SafetensorsReader:
     def names(self) -> list[str]:
         """The names of all tensors."""
         return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return one tensor's shape."""
+        return tuple(self._files[self._where[name]].get_slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:
         """Return one tensor in the type in which it is stored."""
@@ -57,7 +63,7 @@ def open_safetensors(directory: pathlib.Path) -> Iterator[SafetensorsReader]:
         else:
             raise FileNotFoundError(_no_weights(directory))
         names = sorted(set(where.values())) if where is not None else [WEIGHTS]
-        files = {name: stack.enter_context(_open(directory / name)) for name in names}
+        files = {name: stack.enter_context(open_file(directory / name)) for name in names}
         held = {tensor: name for name, file in files.items() for tensor in file.keys()}
         for tensor, name in (where or {}).items():
             if tensor not in files[name].keys():
@@ -115,10 +121,11 @@ def _plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]
 
 def _read_index(directory: pathlib.Path) -> dict[str, str]:
     path = directory / INDEX
+    index = read_json_object(path)
     try:
-        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        where = index["weight_map"]
         names = set(where.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not an index of safetensors files: {error!r}") from error
     for name in names:
         # an index from elsewhere must not point at files outside of its directory
@@ -129,10 +136,16 @@ def _read_index(directory: pathlib.Path) -> dict[str, str]:
     return where
 
 
-def _open(path: pathlib.Path):
+def open_file(path: pathlib.Path) -> "safetensors.safe_open":
+    """Open one file; the library checks that all of its header lies in the file.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged.
+    """
     try:
         return safetensors.safe_open(path, framework="np")
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, MemoryError, OverflowError) as error:
         raise ValueError(
             f"{path} is damaged or no safetensors file ({error}); fetch it again"
         ) from error

@@ -24,7 +24,12 @@ def load_weights(source: str | os.PathLike) -> Checkpoint:
     if str(source) == "smollm2" and not path.exists():
         return load_gguf(smollm2_file())
     if (path / "adapter_config.json").is_file():
-        base = load_weights(read_peft_config(path)["base_model_name_or_path"])
+        named = read_peft_config(path).get("base_model_name_or_path")
+        if not isinstance(named, str) or "\0" in named:
+            raise ValueError(f"{path / 'adapter_config.json'} names no base_model_name_or_path")
+        if (pathlib.Path(named) / "adapter_config.json").is_file():
+            raise ValueError(f"{path} is an adapter of another adapter, {named}: merge that first")
+        base = load_weights(named)
         return dataclasses.replace(base, params=merge_peft(path, base.config, base.params))
     if path.is_dir():
         return load_huggingface(path)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llm.models.masks import AttentionPattern
+from llm.models.platforms import need_platform, platform
 
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B K S H"]
@@ -47,7 +48,7 @@ def attend(
 def _choose(q: Queries, k: Keys, pattern: AttentionPattern, softcap: float | None) -> str:
     """Return the fastest kernel that can do this on the platform compiled for."""
     training = q.shape[1] == k.shape[2] and pattern.query_start is None
-    backend = _platform()
+    backend = platform()
     if not training:
         return "xla"
     if backend == "gpu" and q.dtype != jnp.float32 and softcap is None and pattern.slopes is None:
@@ -55,12 +56,6 @@ def _choose(q: Queries, k: Keys, pattern: AttentionPattern, softcap: float | Non
     if backend == "tpu" and q.shape[1] % 128 == 0 and pattern.kind == "causal":
         return "splash" if pattern.slopes is None else "xla"
     return "blocked" if backend == "cpu" else "xla"
-
-
-def _platform() -> str:
-    """Return "cpu", "gpu" or "tpu": of the mesh in force, which may be of devices not here."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.default_backend() if device is None else device.platform
 
 
 def _weights(logits, pattern: AttentionPattern, softcap, queries: slice, keys: slice):
@@ -140,6 +135,7 @@ def _attend_cudnn(q, k, v, pattern, softcap):
         raise ValueError(
             "attention_kernel='cudnn' has no soft-cap and no ALiBi; use 'xla' or 'auto'"
         )
+    need_platform("cudnn", "gpu")
     everything = slice(0, q.shape[1]), slice(0, k.shape[2])
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     plain = pattern.kind == "causal" and pattern.window is None and pattern.query_segments is None

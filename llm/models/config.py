@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from llm.parallel.checks import LARGEST, check_multiple, check_ranges, shown
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
@@ -91,22 +93,32 @@ class TransformerConfig:
         return self.activation in ("swiglu", "geglu")
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
-            _require(
-                getattr(self, name) > 0, f"model.{name}={getattr(self, name)}: must be positive"
-            )
-        for name in ("mlp_width", "max_length_tokens", "vocab_multiple"):
-            _require(
-                getattr(self, name) > 0, f"model.{name}={getattr(self, name)}: must be positive"
-            )
-        _require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"model.num_heads={self.num_heads} is not a multiple of "
-            f"num_kv_heads={self.num_kv_heads}",
+        check_ranges(
+            self,
+            section="model.",
+            layers="num_layers",
+            size=(
+                "vocab_size width num_heads num_kv_heads head_dim mlp_width "
+                "max_length_tokens vocab_multiple sliding_window_tokens "
+                "rope_original_length_tokens mup_base_width mup_base_head_dim"
+            ),
+            positive=(
+                "attention_softcap head_softcap rope_theta rope_factor "
+                "rope_low_frequency_factor rope_high_frequency_factor"
+            ),
+            below_one="dropout_rate",
+            within={"norm_epsilon": "(0, 1]"},
         )
+        _require(
+            self.padded_vocab_size <= LARGEST,
+            f"model.vocab_size={self.vocab_size}, rounded up to vocab_multiple="
+            f"{self.vocab_multiple}, exceeds {LARGEST}",
+        )
+        check_multiple("model.num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
         for kind in self.prefix_layers + self.cycle_layers:
             _require(
-                kind in ("global", "local"), f"layer kind {kind!r}: must be 'global' or 'local'"
+                kind in ("global", "local"),
+                f"model.prefix_layers or cycle_layers has {shown(kind)}; they are global and local",
             )
         _require(bool(self.cycle_layers), "model.cycle_layers is empty: give at least ('global',)")
         cycled = self.num_layers - len(self.prefix_layers)
@@ -116,23 +128,22 @@ class TransformerConfig:
             f"plus whole cycles of {len(self.cycle_layers)}",
         )
         _require(
-            "local" not in self.layer_kinds or (self.sliding_window_tokens or 0) > 0,
+            "local" not in self.layer_kinds or self.sliding_window_tokens is not None,
             "local layers need a positive model.sliding_window_tokens",
         )
         _require(
             self.positions != "rotary" or self.head_dim % 2 == 0,
             f"model.head_dim={self.head_dim}: rotary positions need an even head width",
         )
-        for name in ("mup_base_width", "mup_base_head_dim"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, f"model.{name}={value}: must be positive")
         _require(
             self.mup_base_head_dim is None or self.mup_base_width is not None,
             "model.mup_base_head_dim needs mup_base_width",
         )
         _require(
-            0.0 <= self.dropout_rate < 1.0,
-            f"model.dropout_rate={self.dropout_rate}: must be in [0, 1)",
+            self.rope_scaling != "llama3"
+            or self.rope_low_frequency_factor < self.rope_high_frequency_factor,
+            f"model.rope_low_frequency_factor={self.rope_low_frequency_factor} must be below "
+            f"rope_high_frequency_factor={self.rope_high_frequency_factor}",
         )
 
 
@@ -154,12 +165,11 @@ class AdapterConfig:
     block: int = 64
 
     def __post_init__(self):
-        _require(self.rank >= 0, f"adapter.rank={self.rank}: must not be negative")
-        _require(self.alpha > 0, f"adapter.alpha={self.alpha}: must be positive")
-        _require(self.block > 0, f"adapter.block={self.block}: must be positive")
+        check_ranges(self, section="adapter.", count="rank", positive="alpha", size="block")
         for name in self.targets:
             _require(
-                name in ADAPTED, f"adapter.targets has {name!r}; they are {', '.join(ADAPTED)}"
+                name in ADAPTED,
+                f"adapter.targets has {shown(name)}; they are {', '.join(ADAPTED)}",
             )
         _require(
             not self.rank or bool(self.targets), "adapter.targets is empty: nothing would be learnt"

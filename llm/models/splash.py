@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from llm.models.masks import AttentionPattern
+from llm.models.platforms import need_platform
 from llm.parallel.rules import partition_spec
 
 _LANES = 128  # lengths must be a multiple of a vector register's lanes
@@ -40,6 +41,8 @@ def attend_splash(
         raise ValueError(
             f"attention_kernel='splash' needs a length that {_LANES} divides, not {length}"
         )
+    if not interpret:
+        need_platform("splash", "tpu")
     segments = None
     if pattern.query_segments is not None:
         segments = splash.SegmentIds(pattern.query_segments, pattern.key_segments)

@@ -63,6 +63,10 @@ class Transformer(nn.Module):
 
     def setup(self):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
+        if dtype.itemsize > 4 and not jax.config.jax_enable_x64:
+            raise ValueError(
+                f"compute.dtype={self.compute.dtype!r}: JAX computes so with JAX_ENABLE_X64=1 alone"
+            )
         std = 0.02 if c.initializer == "gpt2" else 1.0
         self.embedder = Embedder(c.padded_vocab_size, c.width, ("vocab", "embed"), std)
         if c.positions == "learned":

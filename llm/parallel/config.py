@@ -28,7 +28,8 @@ class MeshConfig:
           ValueError: the sizes cannot multiply to num_devices.
         """
         sizes = [getattr(self, axis) for axis in MESH_AXES]
-        shown = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True) if s != 1)
+        others = [f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True) if s != 1]
+        shown = ", ".join(others or ["data=1"])
         bad = [a for a, s in zip(MESH_AXES, sizes, strict=True) if s == 0 or s < -1]
         if bad:
             raise ValueError(f"mesh.{bad[0]}={getattr(self, bad[0])}: must be positive, or -1")

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from llm.parallel.checks import check_ranges
+
 AlgorithmName = Literal["ppo", "rloo", "reinforce", "grpo"]
 
 
@@ -20,12 +22,13 @@ class KLConfig:
     horizon_responses: int = 10_000  # of that steering
 
     def __post_init__(self):
-        if self.coefficient < 0:
-            raise ValueError(f"kl.coefficient={self.coefficient}: must not be negative")
-        if self.target_nats is not None and self.target_nats <= 0:
-            raise ValueError(f"kl.target_nats={self.target_nats}: must be positive, or None")
-        if self.horizon_responses < 1:
-            raise ValueError(f"kl.horizon_responses={self.horizon_responses}: must be positive")
+        check_ranges(
+            self,
+            section="kl.",
+            not_negative="coefficient",
+            positive="target_nats",
+            size="horizon_responses",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,19 +66,15 @@ class AlgorithmConfig:
     stop_kl: float | None = None
 
     def __post_init__(self):
-        for name in ("epochs", "minibatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"algorithm.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("clip_low", "clip_high"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"algorithm.{name}={getattr(self, name)}: must be positive")
-        for name in ("gamma", "lam", "baseline_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"algorithm.{name}={getattr(self, name)}: must lie in [0, 1]")
-        for name in ("value_weight", "missing_eos_penalty", "entropy_weight", "ptx_weight",
-                     "overlong_buffer_tokens"):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise ValueError(f"algorithm.{name}={getattr(self, name)}: must not be negative")
+        check_ranges(
+            self,
+            section="algorithm.",
+            size="epochs minibatches",
+            count="dynamic_draws overlong_buffer_tokens",
+            not_negative="value_weight missing_eos_penalty entropy_weight ptx_weight",
+            positive="clip_low clip_high value_clip stop_kl",
+            share="gamma lam baseline_decay",
+        )
         if self.whiten_advantages and self.name in ("rloo", "grpo"):
             raise ValueError(
                 f"algorithm.whiten_advantages with name={self.name!r}: centred over the batch, a "
@@ -122,8 +121,7 @@ class RewardConfig:
     def __post_init__(self):
         if self.kind != "arithmetic" and not self.path:
             raise ValueError(f"rewards: kind {self.kind!r} needs a path; it is empty")
-        if self.batch_responses < 1:
-            raise ValueError(f"rewards: batch_responses={self.batch_responses}: must be positive")
+        check_ranges(self, size="batch_responses", within={"weight": "(-inf, inf)"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +137,22 @@ class RolloutConfig:
     max_log_prob_gap: float = 0.05
 
     def __post_init__(self):
-        for name in ("prompts", "group", "prompt_tokens", "response_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"rollout.{name}={getattr(self, name)}: must be at least 1")
-        if self.temperature <= 0:
-            raise ValueError(f"rollout.temperature={self.temperature}: must be positive")
+        check_ranges(
+            self,
+            section="rollout.",
+            positive="temperature max_log_prob_gap",
+            size="prompts group prompt_tokens response_tokens",
+        )
+
+
+def check_groups(rollout: RolloutConfig, algorithm: AlgorithmConfig) -> None:
+    """Raise a ValueError where responses to one prompt are compared and there is one of each."""
+    if rollout.group > 1:
+        return
+    if algorithm.name in ("rloo", "grpo"):
+        raise ValueError(
+            f"algorithm.name={algorithm.name!r} compares responses to one prompt: "
+            f"rollout.group={rollout.group} must be at least 2"
+        )
+    if algorithm.dynamic_draws is not None:
+        raise ValueError("algorithm.dynamic_draws needs groups: rollout.group of at least 2")

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from llm.data.chat import ChatError
 from llm.data.config import SourceConfig
 from llm.data.packing import permutation
 from llm.data.rows import BadRow, Document, tell_rows
 from llm.data.shard_writer import check_bad_rows
-from llm.data.sources import open_source
+from llm.data.sources import describe, open_source
 from llm.data.tokenizers import Tokenizer
 
 
@@ -90,15 +91,21 @@ def load_prompts(
                 bad_rows.append(document)
                 check_bad_rows("prompts", bad_rows, max_bad_rows)
                 continue
-            prompt = _to_prompt(document, config, tokenizer)
+            try:
+                prompt = _to_prompt(document, config, tokenizer)
+            except ChatError as error:
+                source_name, _, row = document.id.rpartition(":")
+                bad_rows.append(BadRow(source_name, int(row), str(error)))
+                check_bad_rows("prompts", bad_rows, max_bad_rows)
+                continue
             if len(prompt.tokens) > max_tokens:
                 too_long.append(prompt.id)
             else:
                 found.setdefault(prompt.tokens, prompt)
     if not found:
         raise ValueError(
-            f"no prompts are left: {len(too_long)} are longer than rollout.prompt_tokens="
-            f"{max_tokens}, {len(bad_rows)} rows are bad"
+            f"no prompts are left of {describe(config)}: {len(too_long)} are longer than "
+            f"rollout.prompt_tokens={max_tokens}, {len(bad_rows)} rows are bad"
         )
     return PromptSet(tuple(found.values()), tuple(too_long), tuple(bad_rows), max_tokens)
 

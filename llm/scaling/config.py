@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from llm.parallel.checks import check_ranges, shown
 from llm.training.config import OptimizerConfig, ScheduleConfig
 
 
@@ -39,12 +40,17 @@ class LadderConfig:
         for name in ("depths", "learning_rates", "weight_decays", "init_scales", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
-                raise ValueError(f"{name}={values}: give at least one, each once")
+                raise ValueError(f"{name}={shown(values)}: give at least one, each once")
         if not (self.tokens or self.flops or self.tokens_per_param):
             raise ValueError("give tokens, flops or tokens_per_param: how long the runs are")
-        for name in ("tokens", "flops", "tokens_per_param", "learning_rates", "init_scales"):
-            if any(value <= 0 for value in getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+        check_ranges(
+            self,
+            size="width_per_layer head_dim",
+            not_negative="weight_decays",
+            seed="seeds",
+            layers="depths num_layers mup_base_depth",
+            positive="tokens flops tokens_per_param learning_rates init_scales unique_tokens",
+        )
         between = self.tokens_per_param_between
         if between is not None and not 0 <= between[0] < between[1]:
             raise ValueError(f"tokens_per_param_between={between}: give a least and a larger most")

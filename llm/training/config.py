@@ -1,8 +1,9 @@
 """Optimizer and schedule as typed configs. Second floor, without JAX."""
 
 import dataclasses
-import math
 from typing import Literal
+
+from llm.parallel.checks import check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +24,13 @@ class OptimizerConfig:
     ema_decay: float | None = None
 
     def __post_init__(self):
-        for name in ("learning_rate", "adam_learning_rate", "epsilon"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)}: must be positive")
-        for name in ("beta1", "beta2", "adam_beta1", "ema_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"optimizer.{name}={value}: must be in [0, 1)")
-        if self.weight_decay < 0:
-            raise ValueError(f"optimizer.weight_decay={self.weight_decay}: must not be negative")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"optimizer.clip_norm={self.clip_norm}: must be positive, or None")
+        check_ranges(
+            self,
+            section="optimizer.",
+            not_negative="weight_decay",
+            positive="learning_rate adam_learning_rate epsilon clip_norm",
+            below_one="beta1 beta2 adam_beta1 ema_decay",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +46,13 @@ class SpikeConfig:
     skip_steps: int = 200  # batches left out from there on; those up to the spike in any case
 
     def __post_init__(self):
-        if not 0 <= self.deviations < math.inf:
-            raise ValueError(f"spikes.deviations={self.deviations}: must be finite, not negative")
-        for name, least in (("window_steps", 3), ("rewind_steps", 1), ("skip_steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"spikes.{name}={getattr(self, name)}: must be at least {least}")
+        check_ranges(
+            self,
+            section="spikes.",
+            not_negative="deviations",
+            size="rewind_steps skip_steps",
+            within={"window_steps": "[3, 1000000]"},
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +70,9 @@ class TrainableConfig:
     layer_decay: float = 1.0  # rate of a layer over that of the one above; the head's is 1
 
     def __post_init__(self):
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"trainable.layer_decay={self.layer_decay}: must be in (0, 1]")
-        for pattern, factor in self.rates.items():
-            if factor < 0:
-                raise ValueError(f"trainable.rates has {pattern!r}={factor}: must not be negative")
+        check_ranges(
+            self, section="trainable.", not_negative="rates", within={"layer_decay": "(0, 1]"}
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +94,12 @@ class PreferenceConfig:
         return self.method in ("dpo", "ipo", "kto")
 
     def __post_init__(self):
-        if self.beta <= 0:
-            raise ValueError(f"preference.beta={self.beta}: must be positive")
-        for name in ("desirable_weight", "undesirable_weight"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"preference.{name}={getattr(self, name)}: must be positive")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(
-                f"preference.label_smoothing={self.label_smoothing}: must be in [0, 0.5)"
-            )
+        check_ranges(
+            self,
+            section="preference.",
+            positive="beta desirable_weight undesirable_weight",
+            within={"label_smoothing": "[0, 0.5)"},
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +119,10 @@ class ScheduleConfig:
             steps, tokens = getattr(self, f"{name}_steps"), getattr(self, f"{name}_tokens")
             if steps is not None and tokens is not None:
                 raise ValueError(f"schedule: give {name}_steps or {name}_tokens, not both")
-            if (steps or 0) < 0 or (tokens or 0) < 0:
-                raise ValueError(f"schedule.{name}_steps or _tokens must not be negative")
-        if not 0 <= self.final_fraction <= 1:
-            raise ValueError(f"schedule.final_fraction={self.final_fraction}: must be in [0, 1]")
+        check_ranges(
+            self,
+            section="schedule.",
+            count="warmup_steps decay_steps",
+            not_negative="warmup_tokens decay_tokens",
+            share="final_fraction",
+        )

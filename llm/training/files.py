@@ -106,7 +106,7 @@ def read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
     for line in appended.read_all(path)[0].split(b"\n"):
         try:
             row = json.loads(line)
-        except ValueError:  # also covers bytes that are no UTF-8
+        except (ValueError, RecursionError):  # also covers bytes that are no UTF-8
             continue
         if isinstance(row, dict):
             rows.append(row)

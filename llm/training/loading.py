@@ -156,7 +156,11 @@ def _verify_step(path: epath.Path, ledger_row: dict[str, Any] | None) -> StepRep
         if not problems:
             # One array at a time: an audit should not need the memory of a whole state.
             for name, wanted in _targets(manifest["arrays"]).items():
-                read = read_arrays(copy, {name: wanted})
+                try:
+                    read = read_arrays(copy, {name: wanted})
+                except CorruptStepError as error:
+                    problems.append(str(error))
+                    continue
                 problems += manifests.check_arrays(manifest, array_digests(read))
     if ledger_row is not None:
         expected = manifests.ledger_row(manifest)

@@ -18,6 +18,7 @@ from llm.training.files import (
     text_digest,
     write_atomically,
 )
+from llm.training.manifest_content import find_problem
 from llm.training.step_directories import step_numbers
 
 CHECKPOINTS = "checkpoints"  # in the workdir: one directory a step
@@ -42,7 +43,8 @@ def list_steps(workdir: epath.PathLike) -> list[int]:
 
 def read_ledger(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """Return a row for each checkpoint that was ever valid, deleted ones included."""
-    return [row for row in read_json_lines(absolute(workdir) / LEDGER) if "step" in row]
+    rows = read_json_lines(absolute(workdir) / LEDGER)
+    return [row for row in rows if isinstance(row.get("step"), int)]
 
 
 def ledger_row(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -118,10 +120,13 @@ def read_manifest(step_dir: epath.Path) -> dict[str, Any]:
     try:
         content = json.loads(text)["manifest"]
         intact = _to_text(content) == text
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptStepError(f"{MANIFEST} cannot be parsed: {error!r}") from None
     if not intact:
         raise CorruptStepError(f"{MANIFEST} differs from its own digest")
+    problem = find_problem(content)
+    if problem:  # whoever wrote it could write its digest
+        raise CorruptStepError(f"{MANIFEST} is not one of ours: {problem}")
     return content
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from llm.parallel.checks import check_ranges
 from llm.training.files import (
     absolute,
     append_json_line,
@@ -48,22 +49,13 @@ class RunConfig:
     wandb_project: str = ""  # also log to Weights & Biases, when not empty
 
     def __post_init__(self) -> None:
-        for name in ("log_every_steps", "keep_newest_checkpoints", "max_skipped_in_a_row",
-                     "profile_start_step"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("save_every_steps", "keep_every_steps", "profile_num_steps",
-                     "replay_every_steps"):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise ValueError(f"run.{name}={getattr(self, name)}: must not be negative")
-        if self.hang_timeout_seconds <= 0:
-            raise ValueError(
-                f"run.hang_timeout_seconds={self.hang_timeout_seconds}: must be positive"
-            )
-        if self.save_every_seconds is not None and self.save_every_seconds <= 0:
-            raise ValueError(
-                f"run.save_every_seconds={self.save_every_seconds}: must be positive, or None"
-            )
+        check_ranges(
+            self,
+            section="run.",
+            positive="save_every_seconds hang_timeout_seconds",
+            size="log_every_steps keep_newest_checkpoints max_skipped_in_a_row profile_start_step",
+            count="save_every_steps keep_every_steps profile_num_steps replay_every_steps",
+        )
 
     def check_processes(self, num_processes: int) -> None:
         """Raise where several processes would each decide for themselves, and part.
@@ -118,7 +110,7 @@ def check_config(
     try:
         stored = json.loads(path.read_text())
         difference = config_difference(stored, config)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); restore it or remove it") from error
     bound = {key: values for key, values in difference.items() if not _is_free(key)}
     if bound and not allow_change:

@@ -28,8 +28,9 @@ def make_schedule(config: ScheduleConfig, *, total_steps: int, tokens_per_step: 
     decay = _steps(config.decay_steps, config.decay_tokens, tokens_per_step)
     if warmup + decay > total_steps:
         raise ValueError(
-            f"schedule: warm-up of {warmup} and decay of {decay} steps exceed the run's "
-            f"{total_steps} steps; shorten them, or train longer"
+            f"schedule.warmup_steps={warmup} and decay_steps={decay} (or what warmup_tokens and "
+            f"decay_tokens make of them) exceed the run's {total_steps} steps; shorten them, or "
+            "train longer"
         )
     rest, final = max(1, total_steps - warmup), config.final_fraction
     match config.name:

@@ -56,11 +56,15 @@ class SpikeWatch:
         self._workdir = epath.Path(workdir)
         self._path = self._workdir / SKIPS
         self._losses: collections.deque[float] = collections.deque(maxlen=self._config.window_steps)
-        self.skips = [
-            Skip(**{field.name: row[field.name] for field in dataclasses.fields(Skip)})
-            for row in read_json_lines(self._path)
-        ]
+        self.skips = self._read()
         self.spike: Spike | None = None  # seen, and not yet dealt with
+
+    def _read(self) -> list[Skip]:
+        names = [field.name for field in dataclasses.fields(Skip)]
+        try:
+            return [Skip(*(row[name] for name in names)) for row in read_json_lines(self._path)]
+        except KeyError as error:
+            raise ValueError(f"{self._path}: a line without {error}; restore the file") from None
 
     def observe(self, step: int, loss: float, sequences: tuple[int, int]) -> None:
         """Take a step's loss, in nats; `spike` is set where it is one.
@@ -114,7 +118,8 @@ class SpikeWatch:
         for step in list_steps(self._workdir):
             with contextlib.suppress(CorruptStepError):  # restore will set it aside
                 manifest = read_manifest(self._workdir / CHECKPOINTS / str(step))
-                later = self.skips[manifest["spikes"]["skips"] :]  # than the checkpoint
+                made_with = (manifest.get("spikes") or {}).get("skips", 0)
+                later = self.skips[made_with:]
                 if any(skip.step < step for skip in later):
                     abandoned.append(step)
         return abandoned

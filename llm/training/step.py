@@ -180,12 +180,18 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     Raises:
       ValueError: the mesh does not divide the batch.
     """
-    parts = ways(mesh, "activation_batch")
+    parts, stretches = ways(mesh, "activation_batch"), ways(mesh, "activation_length")
     for size in {np.shape(x)[0] * jax.process_count() for x in batch.values() if np.ndim(x)}:
         if size % parts:
             raise ValueError(
-                f"a batch of {size} does not divide over the mesh's {parts} devices along it; "
-                "choose another batch or mesh"
+                f"a batch of {size} does not divide over the {parts} devices of mesh.data × "
+                "mesh.fsdp × mesh.expert; choose another batch or mesh"
+            )
+    for length in {np.shape(x)[1] for x in batch.values() if np.ndim(x) > 1}:
+        if length % stretches:
+            raise ValueError(
+                f"rows of {length} do not divide over mesh.context={stretches} devices; choose "
+                "another length or mesh"
             )
     shardings = {name: batch_sharding(mesh, np.ndim(x)) for name, x in batch.items()}
     if jax.process_count() == 1:

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from llm.training.digests import combine_digests
-from llm.training.manifests import shorten
+from llm.training.manifests import CorruptStepError, shorten
 
 
 def nest(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,6 +64,9 @@ def read_arrays(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
     An array with a sharding comes with that sharding; NumPy arrays come as NumPy arrays; arrays
     that JAX has not committed to a device come uncommitted.
+
+    Raises:
+      CorruptStepError: the files, or some of these arrays in them, cannot be read.
     """
 
     def restore_args(value: Any) -> ocp.RestoreArgs:
@@ -76,10 +79,17 @@ def read_arrays(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     args = nest({name: restore_args(value) for name, value in wanted.items()})
     item = jax.tree.map(lambda _: 0, args)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.restore(
-            path, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
-        )
-    read = {name: _lookup(tree, name) for name in wanted}
+        restoring = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+        try:
+            tree = reader.restore(path, args=restoring)
+            read = {name: _lookup(tree, name) for name in wanted}
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            text = " ".join(str(error).split())
+            raise CorruptStepError(f"its arrays cannot be read: {text:.300}") from error
+    # Orbax gives the placeholder back for an array that it does not find.
+    absent = [name for name, x in read.items() if not isinstance(x, np.ndarray | jax.Array)]
+    if absent:
+        raise CorruptStepError(f"its files do not hold {shorten(absent)}")
     return {
         name: read[name] if isinstance(value, np.ndarray) else jnp.asarray(read[name])
         for name, value in wanted.items()

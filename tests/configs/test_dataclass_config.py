@@ -164,16 +164,18 @@ def test_an_instance_with_a_wrong_value_is_refused():
         to_config_dict(Source(weight="heavy"))
 
 
+_FLOATS = st.floats(allow_nan=False, allow_infinity=False, width=32)
+_TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5)
 _SOURCES = st.builds(
     Source,
-    paths=st.lists(st.text(max_size=5), max_size=3).map(tuple),
-    weight=st.floats(allow_nan=False),
+    paths=st.lists(_TEXTS, max_size=3).map(tuple),
+    weight=_FLOATS,
 )
 _OPTIMIZERS = st.builds(
     Optimizer,
     name=st.sampled_from(["adamw", "muon", "lion"]),
-    learning_rate=st.floats(min_value=1e-9, allow_infinity=False),
-    clip_norm=st.none() | st.floats(allow_nan=False),
+    learning_rate=st.floats(min_value=2**-30, allow_infinity=False, width=32),
+    clip_norm=st.none() | _FLOATS,
     betas=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
 
@@ -187,7 +189,7 @@ _OPTIMIZERS = st.builds(
         adapter=st.none() | _OPTIMIZERS,
         sources=st.dictionaries(st.from_regex(r"[a-z]{1,8}", fullmatch=True), _SOURCES, max_size=3),
         verbose=st.booleans(),
-        scale=st.just("auto") | st.floats(allow_nan=False),
+        scale=st.just("auto") | _FLOATS,
     )
 )
 def test_every_config_survives_config_dict_and_json(config):

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.data.chat import ChatError
+from llm.data.tokenizer_files import load_tokenizer
 from llm.data.tokenizer_training import (
     CONTROL_TOKENS,
     byte_tokenizer,
     train_tokenizer,
 )
-from llm.data.tokenizers import Tokenizer, TokenizerError, load_tokenizer
+from llm.data.tokenizers import Tokenizer, TokenizerError
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the dog doesn't mind.\n" * 3,

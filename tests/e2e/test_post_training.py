@@ -20,8 +20,8 @@ from configs.schema import RewardModelConfig, RlhfConfig
 from experiments.feedback import load_comparisons
 from experiments.loading import load_model_config
 from experiments.rewards import load_reward, load_rewards, load_value_start, weight_of
+from llm.data.tokenizer_files import load_tokenizer
 from llm.data.tokenizer_training import byte_tokenizer, train_tokenizer
-from llm.data.tokenizers import load_tokenizer
 from llm.models.config import ComputeConfig
 from llm.models.scalar import ScalarModel
 from llm.models.transformer import Transformer
@@ -245,7 +245,7 @@ def test_policies_speak_and_reward_models_do_not(whole):
         ("finetune", "--config.trainable.freeze=('layer/*',)", "'layer/*' matches no parameter"),
         ("reward", "--config.comparisons.kind=thumbs", "26 rows are bad"),
         ("preference", "--config.preference.method=dop", "must be one of"),
-        ("rlhf", "--config.algorithm.minibatches=3", "do not divide into"),
+        ("rlhf", "--config.algorithm.minibatches=3", "is not a multiple of"),
         ("rlhf", "--config.rewards.rule.path=nowhere", "not the workdir of a finished reward"),
         ("rlhf", "--config.algorithm.name=grpo", "set whiten_advantages=False"),
         ("rlhf_dynamic", "--config.rollout.group=1", "rollout.group=1 must be at least 2"),

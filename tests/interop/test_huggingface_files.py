@@ -130,6 +130,8 @@ def test_damaged_files_are_named(copy):
     shard.unlink()
     assert f"names {shard.name}, which is not there" in load_error(copy, FileNotFoundError)
     (copy / "model.safetensors.index.json").write_text("[]")
+    assert "index.json holds a list; it must hold a JSON object" in load_error(copy)
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": []}')
     assert "is not an index of safetensors files" in load_error(copy)
     (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}')
     assert "which is not in its directory" in load_error(copy)

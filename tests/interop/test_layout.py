@@ -70,7 +70,8 @@ def test_layers_of_a_prefix_and_a_longer_cycle_go_to_their_places():
     )
     found = tensors(LLAMA_ROWS, config)
     values = {t.name: np.full(t.shape, i, np.float32) for i, t in enumerate(found)}
-    params = load_params(LLAMA_ROWS, config, values, values.get, "test")
+    shapes = {name: value.shape for name, value in values.items()}
+    params = load_params(LLAMA_ROWS, config, shapes, values.get, "test")
     norm = [values[f"model.layers.{i}.input_layernorm.weight"][0] for i in range(5)]
     scale = lambda layer: layer["attention_norm"]["scale"][..., 0]  # noqa: E731
     assert scale(params["prefix_0"]) == norm[0]

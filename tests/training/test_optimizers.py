@@ -141,7 +141,7 @@ def test_tokens_and_steps_mean_the_same():
 
 
 def test_schedule_longer_than_the_run_is_refused():
-    with pytest.raises(ValueError, match="warm-up of 8 and decay of 4 steps exceed the run's 10"):
+    with pytest.raises(ValueError, match="warmup_steps=8 and decay_steps=4 .* exceed the run's 10"):
         fractions("warmup_stable_decay", 10, warmup_steps=8, decay_steps=4)
 
 
