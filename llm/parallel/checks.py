@@ -45,7 +45,7 @@ def check_ranges(
     types = {field.name: str(field.type) for field in dataclasses.fields(config)}
     for name, text in ranges.items():
         value, whole = getattr(config, name), "float" not in types[name]
-        for number in _numbers(value):
+        for number in _numbers(value, types[name]):
             if number is None and "None" in types[name]:
                 continue
             if not _is_number(number, whole):
@@ -108,10 +108,10 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _numbers(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
+def _numbers(value: Any, declared: str) -> Iterable[Any]:
+    if isinstance(value, dict) and declared.startswith("dict"):
         return value.values()
-    return value if isinstance(value, tuple) else (value,)
+    return value if isinstance(value, tuple) and declared.startswith("tuple") else (value,)
 
 
 def _is_number(value: Any, whole: bool) -> bool:

@@ -197,11 +197,11 @@ def test_log_probs_are_of_the_temperature_and_not_of_the_filters(temperature, we
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(max_new_tokens=0), "max_new_tokens=0: must be at least 1"),
+        (dict(max_new_tokens=0), "max_new_tokens=0: must be positive"),
         (dict(temperature=-1.0), "temperature=-1.0: must not be negative"),
-        (dict(top_k=0), "top_k=0: must be at least 1"),
-        (dict(top_p=0.0), r"top_p=0.0: must lie in \(0, 1\]"),
-        (dict(min_p=1.5), r"min_p=1.5: must lie in \[0, 1\]"),
+        (dict(top_k=0), "top_k=0: must be positive"),
+        (dict(top_p=0.0), r"top_p=0.0: must be in \(0, 1\]"),
+        (dict(min_p=1.5), r"min_p=1.5: must be in \[0, 1\]"),
         (dict(repetition_penalty=0.0), "repetition_penalty=0.0: must be positive"),
     ],
 )

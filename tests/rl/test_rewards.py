@@ -101,7 +101,7 @@ def test_long_repeated_and_bad_prompts_are_counted(tmp_path):
     assert long.startswith("1 prompts longer than 40 tokens left out: ")
     assert long.endswith("tasks.jsonl:2")
     assert "tasks.jsonl:4 " in bad and "text" in bad
-    with pytest.raises(ValueError, match="no prompts are left: 1 are longer than .*=40"):
+    with pytest.raises(ValueError, match="no prompts are left of .*: 1 are longer than .*=40"):
         load(tmp_path, [{"text": "b" * 50}])
 
 
