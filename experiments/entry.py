@@ -24,10 +24,12 @@ from absl import app, flags, logging
 
 from configs.command_line import load_config, split_overrides
 from llm.data.config import cache_root
+from llm.models.config import ComputeConfig
 
 # Flags defined through this module belong to the experiment that calls it: --help shows them.
 flags.disclaim_key_flags()
 
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _CPU_FUSIONS = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
 ACCELERATOR_PACKAGES = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD of mallopt(3): one heap, grown and never given back.
@@ -173,6 +175,8 @@ def _start(main: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     if "json" in flags.FLAGS and flags.FLAGS.json:
         _keep_standard_output_for_json()
     tune_for_cpu()
+    if any(_computes_deterministically(config) for config in arguments):
+        _add_xla_flag(_DETERMINISTIC)
     _use_threads_for_fake_devices()
     _use_compilation_cache()
     main(*arguments)
@@ -194,13 +198,27 @@ def tune_for_cpu() -> None:
     kept for the next one: its large buffers would otherwise be fresh pages each time, which took a
     quarter of a small model's gradient. Hosts of accelerators keep the usual ways.
     """
-    given = os.environ.get("XLA_FLAGS", "")
-    if "ynn_fusion_type" not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {_CPU_FUSIONS}".strip()
+    _add_xla_flag(_CPU_FUSIONS)
     if not any(importlib.util.find_spec(name) for name in ACCELERATOR_PACKAGES):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
         for option, value in _KEEP_MEMORY if mallopt else ():
             mallopt(option, value)
+
+
+def _add_xla_flag(flag: str) -> None:
+    """Set a flag of XLA's, which reads them at its start, unless the user has set it."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if flag.partition("=")[0] not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {flag}".strip()
+
+
+def _computes_deterministically(config: Any) -> bool:
+    """Return whether a config, or a part of it, asks for compute.deterministic."""
+    if isinstance(config, ComputeConfig):
+        return config.deterministic
+    if not dataclasses.is_dataclass(config):
+        return False
+    return any(_computes_deterministically(x) for x in vars(config).values())
 
 
 def _use_threads_for_fake_devices() -> None:

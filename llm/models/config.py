@@ -187,6 +187,9 @@ class ComputeConfig:
     attention_kernel: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto"
     remat: Literal["none", "full", "dots", "dots_with_no_batch", "attention"] = "none"
     unroll_layers: bool = True  # faster to run when small; rolled compiles fast at depth
+    # On GPUs: kernels that give the same bits each time, none chosen by trying them out, as bitwise
+    # resumes need. It holds for the whole process. CPUs and TPUs do so anyway.
+    deterministic: bool = False
 
 
 def _require(condition: bool, message: str) -> None:

@@ -153,6 +153,30 @@ def test_config_reaches_main_with_argument_and_overrides(folder):
     assert (overridden.returncode, overridden.stdout) == (0, "tensor 8\n"), overridden.stderr
 
 
+DETERMINISTIC = """
+import os, sys
+from experiments import entry
+from configs.schema import SpeedrunConfig
+
+def main(config):
+    import jax
+    print(jax.numpy.ones(3).sum(), os.environ["XLA_FLAGS"])
+
+if __name__ == "__main__":
+    entry.run(main, SpeedrunConfig)
+"""
+
+
+def test_deterministic_kernels_are_asked_for_before_jax_starts():
+    arguments = [f"--config={HOUSE / 'configs/speedrun.py'}", "--config.rlhf.compute.deterministic"]
+    run = [sys.executable, "-c", DETERMINISTIC]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    for given, expected in ((arguments[:1], False), ([*arguments, "true"], True)):
+        done = subprocess.run([*run, *given], env=environment, capture_output=True, text=True)
+        assert done.stdout.startswith("3.0 "), done.stderr
+        assert ("--xla_gpu_deterministic_ops=true" in done.stdout) == expected
+
+
 def test_json_is_the_only_thing_on_standard_output(folder):
     result = start(folder, "--workdir=w", "--do=json", "--json")
     assert result.returncode == 0
