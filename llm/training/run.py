@@ -17,7 +17,6 @@ from llm.training.files import absolute
 from llm.training.goodput import Goodput, read_goodput
 from llm.training.identity import Identity
 from llm.training.lock import Lock
-from llm.training.manifests import list_steps
 from llm.training.metrics import MetricsWriter
 from llm.training.peers import Peers
 from llm.training.preemption import EXIT_CODE, Preemption
@@ -75,7 +74,6 @@ class Run:
         self.total_steps = total_steps
         self.run_config = run_config
         self._config = config
-        self._goodput = Goodput(self.workdir)
         self._amounts = Amounts(
             total_steps, tokens_per_step, (flops_per_token or 0.0) * tokens_per_step, peak_flops
         )
@@ -84,6 +82,7 @@ class Run:
         )
         self._identity = Identity(self.workdir, code, run_config)
         self._identity.check()
+        self._goodput = Goodput(self.workdir)
         self._preemption = Preemption()
         self._progress = Progress(total_steps)
         self._spikes = SpikeWatch(spikes, self.workdir)
@@ -201,8 +200,7 @@ class Run:
         return state, self._feed
 
     def after_step(self, state: Any, metrics: Mapping[str, Any]) -> Any:
-        """Count a step, and log, show, save, rewind or leave as is due; return the state to go on
-        with.
+        """Count a step; log, show, save, rewind or leave as is due. Return the state to go on with.
 
         `metrics` are scalars by name, on the devices; they are read at the next step. Only a save
         waits for the devices.
@@ -281,8 +279,6 @@ class Run:
         if found.finite and found.sequences is not None and "train/loss" in found.values:
             self._spikes.observe(found.step, found.values["train/loss"], found.sequences)
 
-    # ------------------------------------------------------------------------------ saving
-
     def _save(self) -> None:
         """Start saving the current step."""
         self._read_log()  # a checkpoint must not be newer than the log
@@ -311,8 +307,6 @@ class Run:
         )
         raise SystemExit(EXIT_CODE)
 
-    # --------------------------------------------------------------------------- restoring
-
     def _go_on_from(self, restored: Restored | None, state: Any) -> Any:
         """Take a checkpoint's step, place in the data and logs; return its state."""
         manifest = {} if restored is None else restored.manifest
@@ -335,21 +329,17 @@ class Run:
             return state
         rose = f"step {spike.step}: the loss rose from {spike.usual:.4g} to {spike.loss:.4g}"
         target = self._spikes.rewind_step(self.run_config.save_every_steps)
-        self._saver.commit(self.step, body_done=False)
-        self._saver.checkpointer.settle()
-        if not any(step <= target for step in list_steps(self.workdir)):
-            self._spikes.spike = None
-            self.say(f"{rose}. There is no checkpoint at step {target} or before: training goes on")
-            return state
         self._peers.moved(self.step, patient=True)
         with self._goodput.during("restore"):
+            self._saver.commit(self.step, body_done=False)
+            restored = self._saver.go_back(state, target)
+            if restored is None:
+                self._spikes.spike = None
+                self.say(f"{rose}. No checkpoint is at step {target} or before: training goes on")
+                return state
             self._goodput.rewind()
             self._log.drop()
             self._state = None
-            for leaf in jax.tree.leaves(state):  # two states at once may not fit
-                if isinstance(leaf, jax.Array):
-                    leaf.delete()
-            restored = self._saver.checkpointer.restore(state, at_most=target)
             manifest = restored.manifest
             skip = self._spikes.record(manifest["step"], manifest["cursor"], write=self._primary)
             self._saver.checkpointer.discard(self._spikes.abandoned_steps)

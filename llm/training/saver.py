@@ -4,9 +4,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from etils import epath
 
-from llm.training.checkpoints import Checkpointer, CheckpointError
+from llm.training.checkpoints import Checkpointer, CheckpointError, Restored
+from llm.training.manifests import list_steps
 from llm.training.metrics import LogError, MetricsWriter
 from llm.training.run_config import RunConfig
 
@@ -45,6 +47,19 @@ class Saver:
         """Begin at a step that is saved; -1: nothing is."""
         self.saved_step, self._saved_sizes = step, {}
         self._last_time = time.monotonic()
+
+    def go_back(self, state: Any, at_most: int) -> Restored | None:
+        """Return the newest good step not above `at_most`; None where none so old is saved.
+
+        Else the memory of the state given, which it replaces, is free: two of them may not fit.
+        """
+        self.checkpointer.settle()
+        if not any(step <= at_most for step in list_steps(self.checkpointer.workdir)):
+            return None
+        for leaf in jax.tree.leaves(state):
+            if isinstance(leaf, jax.Array):
+                leaf.delete()
+        return self.checkpointer.restore(state, at_most=at_most)
 
     def is_due(self, step: int) -> bool:
         """Return whether a step is to be saved: the last one always is."""

@@ -136,7 +136,7 @@ def test_what_spikes_again_in_the_same_place_is_trained_through(tmp_path):
 def test_without_a_checkpoint_before_it_training_goes_on(tmp_path, capfd):
     train(tmp_path, save_every_steps=30, poisoned=range(80, 84))
     assert not (tmp_path / "skipped_batches.jsonl").exists()
-    assert "There is no checkpoint at step 0 or before" in " ".join(capfd.readouterr().err.split())
+    assert "No checkpoint is at step 0 or before" in " ".join(capfd.readouterr().err.split())
 
 
 def test_a_later_rewind_to_before_an_earlier_one_makes_it_void(tmp_path):
