@@ -195,10 +195,11 @@ def read_goodput(workdir: epath.PathLike) -> GoodputReport:
 def find_goodput(workdir: epath.PathLike) -> dict[str, GoodputReport]:
     """Return the reports of all runs below a job's directory, by their paths in it."""
     workdir = epath.Path(workdir)
-    folders = sorted(path for path in workdir.glob(f"**/{GOODPUT}") if path.is_dir())
+    # A run in a job, or in one of its studies; epath has no "**".
+    folders = [*workdir.glob(f"*/{GOODPUT}"), *workdir.glob(f"*/*/{GOODPUT}")]
     return {
         folder.parent.relative_to(workdir).as_posix(): read_goodput(folder.parent)
-        for folder in folders
+        for folder in sorted(folders)
     }
 
 

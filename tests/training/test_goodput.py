@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from toy_loop import ToyBatches, toy_state, toy_step
 
-from llm.training.goodput import CAUSES, Goodput, read_goodput, sum_goodput
+from llm.training.goodput import CAUSES, Goodput, find_goodput, read_goodput, sum_goodput
 from llm.training.run import Run
 from llm.training.run_config import RunConfig
 
@@ -82,6 +82,14 @@ def test_time_between_two_runs_of_a_process_belongs_to_the_second(tmp_path):
     second = Goodput(tmp_path / "b")
     assert 0.1 < second.seconds["start"] < time.monotonic() - began
     second.close()
+
+
+def test_the_runs_of_a_job_are_found(tmp_path):
+    for name in ("alone", "study/one", "study/two"):
+        train(tmp_path / name, 1)
+    found = find_goodput(tmp_path)
+    assert list(found) == ["alone", "study/one", "study/two"]
+    assert all(report.starts == 1 and report.total_seconds > 0 for report in found.values())
 
 
 def test_a_torn_record_is_left_out(tmp_path):
