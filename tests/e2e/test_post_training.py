@@ -185,7 +185,7 @@ def test_held_out_prompts_may_be_fewer_and_do_not_hang_on_the_seed(folder):
     every, few = held_out(), held_out(max_validation_prompts=2)
     assert len(every) > 2 == len(few) and set(few) < set(every)
     assert held_out(max_validation_prompts=2, seed=7) == few
-    with pytest.raises(ValueError, match="max_validation_prompts is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="max_validation_prompts=0: must be positive"):
         held_out(max_validation_prompts=0)
     with pytest.raises(ValueError, match="no train feedback fits into .*length_tokens=9; raise"):
         held_out(length_tokens=9)
@@ -249,7 +249,7 @@ def test_policies_speak_and_reward_models_do_not(whole):
         ("rlhf", "--config.rewards.rule.path=nowhere", "not the workdir of a finished reward"),
         ("rlhf", "--config.algorithm.name=grpo", "set whiten_advantages=False"),
         ("rlhf_dynamic", "--config.rollout.group=1", "rollout.group=1 must be at least 2"),
-        ("rlhf_dynamic", "--config.ptx.batch_sequences=5", "into algorithm.minibatches"),
+        ("rlhf_dynamic", "--config.ptx.batch_sequences=5", "multiple of algorithm.minibatches"),
     ],
 )
 def test_mistakes_are_one_line(whole, stage, override, message):

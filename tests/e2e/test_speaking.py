@@ -70,7 +70,7 @@ def test_generate_streams_what_it_gives_as_json(exported, tmp_path):
             "tests is neither a workdir nor a Hugging Face directory",
         ),
         (["--prompt=a"], "give --workdir=DIR or --model=SOURCE"),
-        (["--model=smollm2", "--prompt=a", "--top_p=1.5"], "top_p=1.5: must lie in (0, 1]"),
+        (["--model=smollm2", "--prompt=a", "--top_p=1.5"], "top_p=1.5: must be in (0, 1]"),
         (["--model=smollm2", "--prompt_file=no/file"], "No such file or directory: no/file"),
         (["--model=smollm2", "--prompt=a", "--temprature=1"], "did you mean --temperature?"),
     ],
