@@ -27,7 +27,15 @@ from llm.training.digests import (
 from llm.training.files import absolute, append_json_line, is_local, local_copy
 from llm.training.lease import WorkdirInUseError
 from llm.training.manifests import CHECKPOINTS, LEDGER, CorruptStepError, list_steps, shorten
-from llm.training.stored_arrays import check_structure, nest, params_digest, read_arrays
+from llm.training.stored_arrays import (
+    check_structure,
+    chunk_shapes,
+    files_to_read,
+    make_writer,
+    nest,
+    params_digest,
+    read_arrays,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +57,8 @@ class Checkpointer:
     `save` returns when the arrays are copied from the devices; a thread then waits for Orbax's
     commit, hashes the files, writes the manifest and the ledger, and deletes steps that retention
     no longer wants: never before a newer one is valid. A workdir on an object store gets its files
-    from a temporary directory (of $TMPDIR), with room for one step.
+    from a temporary directory (of $TMPDIR), with room for one step: of several processes each has
+    its own, with room for its part of a step, and puts that part.
     """
 
     def __init__(
@@ -60,28 +69,19 @@ class Checkpointer:
         keep_every_steps: int = 0,
         guard: Callable[[], None] = lambda: None,
     ):
-        """`guard` raises where this process has lost the right to write in the workdir.
-
-        Raises:
-          ValueError: several processes are to save on an object store.
-        """
+        """`guard` raises where this process has lost the right to write in the workdir."""
         self.workdir = absolute(workdir)
         self.directory = self.workdir / CHECKPOINTS
         self._guard = guard
         self._temporary = None
         self._staging = self.directory  # where Orbax writes
         if not is_local(self.workdir):
-            if jax.process_count() > 1:
-                raise ValueError(
-                    f"workdir {self.workdir} is on an object store, where {jax.process_count()} "
-                    "processes cannot save one checkpoint together: choose a directory that all "
-                    "hosts share, on NFS or a bucket mounted as a file system"
-                )
             self._temporary = tempfile.TemporaryDirectory(prefix="checkpoints_")
             self._staging = epath.Path(self._temporary.name)
         self._keep_newest = keep_newest
         self._keep_every_steps = keep_every_steps
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._apart = self._temporary is not None and jax.process_count() > 1
+        self._orbax = make_writer(apart=self._apart)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="manifest")
         self._saving: concurrent.futures.Future | None = None
         self._saving_step = -1
@@ -111,8 +111,8 @@ class Checkpointer:
         self._saving_step, self._notes = step, dict(notes or {})
         self._committed.clear()
         try:
-            if jax.process_index() == 0:
-                step_directories.probe(self.directory)
+            if jax.process_index() == 0:  # the others put files there only after Orbax's barrier
+                step_directories.make_room(self.directory, step)
             self._orbax.save(self._staging / str(step), args=ocp.args.PyTreeSave(nest(named)))
         except Exception as error:
             raise self._failure(error) from error
@@ -227,10 +227,20 @@ class Checkpointer:
         """In the background: everything between the copy to the host and a valid step."""
         self._orbax.wait_until_finished()
         process, num_processes = jax.process_index(), jax.process_count()
-        staged = self._staging / str(step)
-        files = manifests.hash_files(staged, process_index=process, num_processes=num_processes)
+        staged, names = self._staging / str(step), manifests.step_files(self._staging / str(step))
+        if self._apart and not process:
+            for name, shape in chunk_shapes(staged, arrays).items():
+                arrays[name]["chunks"] = shape
+        if not self._apart:  # all see the same files: each hashes a share
+            share = names[process::num_processes]
+        else:  # each has its own, and the marks of a whole directory all have
+            share = [name for name in names if "/" in name or not process]
+        files = manifests.hash_files(staged, share)
         self._guard()
-        step_directories.publish(staged, self._path(step), list(files))
+        step_directories.publish(staged, self._path(step), share)
+        files = manifests.gather_hashes(
+            self._path(step), files, process_index=process, num_processes=num_processes
+        )
         found = {name: finish_digest(sums) for name, sums in digests.items()}
         self._committed.wait()
         if process:
@@ -255,16 +265,13 @@ class Checkpointer:
             manifest = manifests.read_manifest(self._path(step))
         except CorruptStepError as error:
             _raise_if_corrupt([str(error)])
-        with local_copy(self._path(step)) as path:
-            _raise_if_corrupt(
-                manifests.check_files(
-                    path,
-                    manifest,
-                    process_index=jax.process_index(),
-                    num_processes=jax.process_count(),
-                )
-            )
-            wanted = named_leaves(target)
+        wanted = named_leaves(target)
+        if is_local(self.workdir):  # all processes read the same files: each verifies a share
+            names = sorted(manifest["files"])[jax.process_index() :: jax.process_count()]
+        else:  # each has its own copy, of what it needs
+            names = files_to_read(manifest, wanted)
+        with local_copy(self._path(step), names) as path:
+            _raise_if_corrupt(manifests.check_files(path, manifest, names))
             check_structure(manifest, wanted, self._path(step))
             read = read_arrays(path, wanted)
         _raise_if_corrupt(manifests.check_arrays(manifest, array_digests(read)))

@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -144,15 +144,18 @@ def _join_parts(path: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def local_copy(directory: epath.Path) -> Iterator[epath.Path]:
-    """Give a directory for reading: itself, or a temporary copy of what lies on a store."""
+def local_copy(directory: epath.Path, names: Sequence[str] | None = None) -> Iterator[epath.Path]:
+    """Give a directory for reading: itself, or a temporary copy of what lies on a store.
+
+    The copy is of all files, or of those of some names that there are.
+    """
     if not isinstance(directory, StorePath):
         yield directory
         return
     with tempfile.TemporaryDirectory(prefix="from_store_") as temporary:
         copy = epath.Path(temporary) / directory.name
         copy.mkdir()
-        directory.download(copy)
+        directory.download(copy, names)
         yield copy
 
 

@@ -64,37 +64,50 @@ def step_files(step_dir: epath.Path) -> list[str]:
     return sorted(found)
 
 
-def hash_files(
-    step_dir: epath.Path, *, process_index: int = 0, num_processes: int = 1
-) -> dict[str, dict[str, Any]]:
-    """Bring a committed step's files to the disk and return their SHA-256 and sizes.
-
-    Each process hashes its share, and the first one gathers them; the others return their own.
-
-    Raises:
-      TimeoutError: another process did not finish its share.
-    """
+def hash_files(step_dir: epath.Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Bring files of a committed step to the disk and return their SHA-256 and sizes."""
     hashed = {}
-    for name in step_files(step_dir)[process_index::num_processes]:
+    for name in names:
         fsync(step_dir / name)
         sha256, size = file_digest(step_dir / name)
         hashed[name] = {"sha256": sha256, "bytes": size}
-    if num_processes == 1:
-        return hashed
+    return hashed
+
+
+def gather_hashes(
+    step_dir: epath.Path,
+    hashed: dict[str, dict[str, Any]],
+    *,
+    process_index: int,
+    num_processes: int,
+) -> dict[str, dict[str, Any]]:
+    """Return, on the first process, what all have hashed; each other one hands its share over.
+
+    To be called when the share's files are in place.
+
+    Raises:
+      TimeoutError: another process did not finish its share.
+      RuntimeError: two processes have hashed, and written, the same file.
+    """
     if process_index:
         write_atomically(step_dir / f"{MANIFEST}.part-{process_index}", canonical_json(hashed))
         return hashed
     deadline = time.monotonic() + _PARTS_TIMEOUT_SECONDS
     for other in range(1, num_processes):
         part = step_dir / f"{MANIFEST}.part-{other}"
+        pause = 0.05
         while not part.exists():
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"process {other} did not hash its files of {step_dir} within "
                     f"{_PARTS_TIMEOUT_SECONDS:.0f} s; see that process's log"
                 )
-            time.sleep(0.05)
-        hashed |= json.loads(part.read_text())
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)  # a store answers slowly, and counts the questions
+        share = json.loads(part.read_text())
+        if doubled := sorted(hashed.keys() & share.keys()):
+            raise RuntimeError(f"{step_dir}: two processes wrote {shorten(doubled)}")
+        hashed = hashed | share
         part.unlink()
     return hashed
 
@@ -136,13 +149,9 @@ def _to_text(content: dict[str, Any]) -> str:
 
 
 def check_files(
-    step_dir: epath.Path,
-    manifest: dict[str, Any],
-    *,
-    process_index: int = 0,
-    num_processes: int = 1,
+    step_dir: epath.Path, manifest: dict[str, Any], names: Sequence[str] | None = None
 ) -> list[str]:
-    """Return what is wrong with a step's files (this process's share), a sentence each."""
+    """Return what is wrong with a step's files (some of them, by name), a sentence each."""
 
     def check(name: str) -> str | None:
         expected = manifest["files"][name]
@@ -158,7 +167,7 @@ def check_files(
             return f"file {name} has other bytes than were written (SHA-256 {sha256[:12]}…)"
         return None
 
-    names = sorted(manifest["files"])[process_index::num_processes]
+    names = sorted(manifest["files"]) if names is None else names
     with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
         return [problem for problem in readers.map(check, names) if problem]
 

@@ -27,6 +27,7 @@ _SILENT_SECONDS = 30.0  # a heartbeat is a thread of Python's, which a busy mach
 _SOON_BEATS = 3  # so many missed ones are enough where a collective has failed as well
 _PATIENT_FACTOR = 4  # a first step, which compiles, and an evaluation may take so much longer
 _LEAVE_SECONDS = 30.0  # from an error to the end of the process
+_MEETING_MILLISECONDS = 24 * 3600 * 1000  # who does not come is named by the watch, long before
 _LIBRARIES = ("jax", "jaxlib", "orbax")
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,11 @@ class Peers:
         """Say that this process is one place further. With `patient` the next may take long."""
         self._step, self._patient, self._moved = step, patient, time.monotonic()
         self._moves += 1
+
+    def meet(self, place: str) -> None:
+        """Wait until all processes have come to a place, longer than a collective would."""
+        if self._count > 1:
+            self._store.wait_at_barrier(self._group + place, _MEETING_MILLISECONDS)
 
     def failed(self, error: BaseException) -> None:
         """Leave if an error's cause is a peer; else tell the others to, and give time to end."""

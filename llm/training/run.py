@@ -111,6 +111,7 @@ class Run:
                 stack.callback(lock.release)
                 record_config(self.workdir, self._config, self._config_changes)
                 self._identity.record()
+            self._peers.meet("lock")  # that of a dead run on a store is waited for
             self._preemption.start(jax.process_count())
             stack.callback(self._preemption.stop)
             self._metrics = MetricsWriter(

@@ -60,24 +60,24 @@ def remove_remains(directory: epath.Path) -> None:
             path.rmtree()
 
 
-def probe(directory: epath.Path) -> None:
-    """Raise OSError at once where no directory can be made: Orbax would wait for it for minutes."""
-    if is_local(directory):
+def make_room(directory: epath.Path, step: int) -> None:
+    """Prepare for a save: on a store what lies there, a corrupt step set aside, makes room.
+
+    Raises:
+      OSError: no directory can be made. Orbax would wait for it for minutes.
+    """
+    if isinstance(directory, StorePath):
+        if (directory / str(step)).exists():
+            delete(directory, step)
+        (directory / f"{_CORRUPT}{step}").unlink(missing_ok=True)
+    else:
         path = directory / f"{_DELETED}probe"
         path.mkdir(parents=True, exist_ok=True)
         path.rmdir()
 
 
 def publish(staged: epath.Path, step_dir: epath.Path, names: list[str]) -> None:
-    """Bring a step's files from where they were saved to where they belong, if that is elsewhere.
-
-    What lies there, a corrupt step set aside, makes room.
-    """
-    if not isinstance(step_dir, StorePath):
-        return
-    directory, step = step_dir.parent, int(step_dir.name)
-    if step_dir.exists():
-        delete(directory, step)
-    (directory / f"{_CORRUPT}{step}").unlink(missing_ok=True)
-    step_dir.upload(staged, names)
-    shutil.rmtree(staged)
+    """Bring files from where they were saved to where they belong, if that is elsewhere."""
+    if isinstance(step_dir, StorePath):
+        step_dir.upload(staged, names)
+        shutil.rmtree(staged)

@@ -151,6 +151,8 @@ class StorePath(epath.Path):
         Raises:
           StoreError: they are not all there afterwards, each in its size.
         """
+        if not names:
+            return
         local = [os.fspath(directory / name) for name in names]
         self._ask("put", local, [self._name(self / name) for name in names], path_first=False)
         there = self.sizes_bytes()
@@ -159,9 +161,13 @@ class StorePath(epath.Path):
             if there.get(name) != size:
                 raise StoreError(f"{self / name} has {there.get(name)} bytes after a put of {size}")
 
-    def download(self, directory: epath.Path) -> None:
-        """Get every object below this path into a local directory, several at a time."""
-        names = list(self.sizes_bytes())
+    def download(self, directory: epath.Path, names: Sequence[str] | None = None) -> None:
+        """Get objects below this path into a local directory, several at a time.
+
+        All of them, or those of some names that there are.
+        """
+        wanted = None if names is None else set(names)
+        names = [name for name in self.sizes_bytes() if wanted is None or name in wanted]
         for name in names:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
         local = [os.fspath(directory / name) for name in names]

@@ -1,7 +1,9 @@
 """Between a state and what Orbax stores: arrays by path, in nested dicts of strings.
 So a checkpoint can be read in part, by a reader that knows nothing of the optimizer."""
 
-from collections.abc import Mapping
+import itertools
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint._src.handlers import base_pytree_checkpoint_handler  # it has no public name
 
 from llm.training.digests import combine_digests
 from llm.training.manifests import CorruptStepError, shorten
@@ -57,6 +60,77 @@ def check_structure(manifest: dict[str, Any], wanted: Mapping[str, Any], path: e
             f"{path} holds another state than this run's: {shorten(wrong)}. "
             "Use the config that the workdir was made with, or another workdir"
         )
+
+
+class _Unmerged(base_pytree_checkpoint_handler.BasePyTreeCheckpointHandler):
+    def finalize(self, directory: epath.Path) -> None:
+        """Do nothing: there is nothing to merge, of which Orbax would warn at every save."""
+
+
+def make_writer(*, apart: bool) -> ocp.AsyncCheckpointer:
+    """Return what saves steps, with all processes in one directory or each `apart` in its own.
+
+    Apart, each writes a file for each chunk of an array that is its to write, and the first one all
+    that describes the arrays: their directories together are one step. All write the marks of a
+    whole directory, which lie beside those of the arrays.
+    """
+    if not apart:
+        return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    # Without a record of each process's share of an array: the processes would wait for the first
+    # one to make its directory. The registry of all has one that all handlers share and change.
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.number, ocp.type_handlers.ScalarHandler()),
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+    )
+    return ocp.AsyncCheckpointer(
+        ocp.PyTreeCheckpointHandler(
+            handler_impl=_Unmerged(use_ocdbt=False, type_handler_registry=registry)
+        ),
+        multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=None),
+    )
+
+
+def chunk_shapes(path: epath.Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """Return the shapes of the chunks in which arrays were written apart."""
+    return {
+        name: json.loads((path / _folder(name) / ".zarray").read_text())["chunks"] for name in names
+    }
+
+
+def files_to_read(manifest: dict[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return the files of a step that this process needs for the values wanted.
+
+    Of arrays written apart these are the chunks that its devices hold a part of; else all files.
+    """
+    needed, arrays = set(), {}
+    for name, value in wanted.items():
+        chunk_shape = manifest["arrays"].get(name, {}).get("chunks")
+        if chunk_shape is not None and _placed(value):
+            arrays[_folder(name)] = name
+            needed.update(f"{_folder(name)}/{chunk}" for chunk in _chunks(value, chunk_shape))
+    return [
+        file
+        for file in sorted(manifest["files"])
+        if file in needed or file.endswith("/.zarray") or file.rpartition("/")[0] not in arrays
+    ]
+
+
+def _chunks(value: Any, chunk_shape: list[int]) -> set[str]:
+    """Return the names of the chunks that this process's devices hold a part of."""
+    found = set()
+    for index in value.sharding.addressable_devices_indices_map(tuple(value.shape)).values():
+        places = []
+        for cut, size, chunk in zip(index, value.shape, chunk_shape, strict=False):
+            start, stop, _ = cut.indices(size)
+            places.append(range(start // chunk, -(-stop // chunk)))
+        found.update(".".join(map(str, place)) or "0" for place in itertools.product(*places))
+    return found
+
+
+def _folder(name: str) -> str:
+    """Return the directory in which Orbax puts the chunks of an array."""
+    return name.replace("/", ".")
 
 
 def read_arrays(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,9 @@ Losses are compared to 1e-5 of themselves: each process sums its share of a batc
 depend on the order (seen: 3e-7 after 30 steps).
 """
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,10 +16,11 @@ import time
 import numpy as np
 import pytest
 
-from llm.training.loading import verify
-from llm.training.manifests import list_steps, read_ledger
-from llm.training.metrics import read_metrics
+from llm.training.loading import load_params, verify
+from llm.training.manifests import LEDGER, CorruptStepError, list_steps, read_ledger
+from llm.training.metrics import METRICS, read_metrics
 from llm.training.peers import LOST_PEER_EXIT_CODE
+from tests.faults import shared_store
 from tests.faults.harness import finish, make_life, start
 
 TOTAL_STEPS = 40
@@ -37,8 +40,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start_both(folder, workdir, *flags, patch=None):
-    """Start process 0 and process 1, with a patch in the latter."""
+def start_both(folder, workdir, *flags, patches=(None, None)):
+    """Start process 0 and process 1, with a patch in each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -52,7 +55,7 @@ def start_both(folder, workdir, *flags, patch=None):
             *together,
             f"--process_index={index}",
             *flags,
-            patch=patch if index else None,
+            patch=patches[index],
         )
         for index in range(2)
     ]
@@ -76,6 +79,22 @@ def finish_within(seconds, process, expect=0):
         raise
     assert process.returncode == expect, said
     return said.strip().splitlines()[-1]
+
+
+def assert_ends_as_unbroken(folder, workdir, *also_saved):
+    ours, unbroken = read_ledger(workdir), read_ledger(folder / "pretrain")
+    cursors = {row["step"]: row["cursor"] for row in ours}
+    assert {row["step"]: row["cursor"] for row in unbroken}.items() <= cursors.items()
+    assert sorted(cursors) == sorted({row["step"] for row in unbroken} | set(also_saved))
+    assert len(ours) == len(cursors)
+    rows = [read_metrics(run) for run in (workdir, folder / "pretrain")]
+    assert [row["step"] for row in rows[0]] == list(range(1, TOTAL_STEPS + 1))
+    losses = [[row["train/loss"] for row in of_run] for of_run in rows]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    # What others saved, this one reads to the bit.
+    reports = verify(workdir)
+    assert [report.step for report in reports] == sorted(cursors)
+    assert all(report.problems == () for report in reports)
 
 
 def test_told_to_leave_then_bereft_then_alone(folder):
@@ -103,18 +122,51 @@ def test_told_to_leave_then_bereft_then_alone(folder):
     # And the other goes on alone, to the end of the unbroken run.
     said = finish(start("pretrain", folder, workdir, *FLAGS))
     assert "resumed at step" in said and "corrupt" not in said
-    ours, unbroken = read_ledger(workdir), read_ledger(folder / "pretrain")
-    cursors = {row["step"]: row["cursor"] for row in ours}
-    assert {row["step"]: row["cursor"] for row in unbroken}.items() <= cursors.items()
-    assert len(ours) == len(cursors) == len(unbroken) + (step % 5 > 0)
-    rows = [read_metrics(run) for run in (workdir, folder / "pretrain")]
-    assert [row["step"] for row in rows[0]] == list(range(1, TOTAL_STEPS + 1))
-    losses = [[row["train/loss"] for row in of_run] for of_run in rows]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
-    # What two processes saved, this one reads to the bit.
-    reports = verify(workdir)
-    assert [report.step for report in reports] == sorted(cursors)
-    assert all(report.problems == () for report in reports)
+    assert_ends_as_unbroken(folder, workdir, step)
+
+
+def test_on_an_object_store_one_then_two_then_one(folder, tmp_path):
+    shared_store.register(str(tmp_path))
+    child = shared_store.IN_A_CHILD.format(root=str(tmp_path))
+    workdir, objects = "shared://bucket/run", tmp_path / "objects/bucket/run"
+    copy_as_of_step(10, folder / "pretrain", objects)
+
+    # Two go on from what one has saved on a file system, until one of them is killed. The other's
+    # lock stays, which nobody renews.
+    both = start_both(folder, workdir, "--config.mesh.fsdp=2", patches=(child, child))
+    wait_for_step(workdir, 20, both)
+    both[1].kill()
+    finish_within(60, both[0], expect=LOST_PEER_EXIT_CODE)
+    together = list_steps(workdir)
+    assert together[:3] == [5, 10, 15] and (objects / "run.lock").exists()
+
+    # One goes on from what both have saved, to the end of the unbroken run.
+    said = finish(start("pretrain", folder, workdir, *FLAGS, patch=child))
+    assert f"resumed at step {together[-1]} " in said and "corrupt" not in said
+    assert_ends_as_unbroken(folder, workdir)
+    assert not (objects / "run.lock").exists()
+
+    # A bit that flips in what process 1 has put is found.
+    chunk = objects / "checkpoints/15/params.head.kernel/1.0"
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+    problems = {report.step: report.problems for report in verify(workdir) if report.problems}
+    assert list(problems) == [15] and "head.kernel/1.0 has other bytes" in problems[15][0]
+    with pytest.raises(CorruptStepError, match="head.kernel/1.0"):
+        load_params(workdir, 15)
+    assert load_params(workdir, 20).step == 20
+
+
+def copy_as_of_step(step, workdir, copy):
+    """Copy a run as it was when it had saved a step."""
+    shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("run.lock"))
+    for later in list_steps(workdir):
+        if later > step:
+            shutil.rmtree(copy / f"checkpoints/{later}")
+    for log in (LEDGER, METRICS):
+        lines = (workdir / log).read_text().splitlines(keepends=True)
+        (copy / log).write_text("".join(x for x in lines if json.loads(x)["step"] <= step))
 
 
 HANG_AT_THE_FOURTH_BATCH = """
@@ -150,7 +202,7 @@ def test_whoever_dies_or_hangs_is_named(folder):
     both[1].kill()
 
     # One waits for data for ever, and its heartbeat goes on.
-    both = start_both(folder, workdir, timeout, patch=HANG_AT_THE_FOURTH_BATCH)
+    both = start_both(folder, workdir, timeout, patches=(None, HANG_AT_THE_FOURTH_BATCH))
     for process in both:
         last_line = finish_within(200, process, expect=LOST_PEER_EXIT_CODE)
         culprit, _, others = last_line.partition("no progress")

@@ -44,7 +44,7 @@ class FlatStore(MemoryFileSystem):
 
     def _open(self, path, mode="rb", **options):
         assert mode in ("rb", "wb"), f"{mode} is not for a store"
-        return io.BytesIO(self.cat_file(path)) if mode == "rb" else _Writing(self, path)
+        return io.BytesIO(self.cat_file(path)) if mode == "rb" else Writing(self, path)
 
     def mkdir(self, path, create_parents=True, **options):
         raise PermissionError("a bucket is not this program's to make")
@@ -65,7 +65,7 @@ class FlatStore(MemoryFileSystem):
             FlatStore.before_change(change, name)
 
 
-class _Writing(io.BytesIO):
+class Writing(io.BytesIO):
     """An object that is there when it is closed."""
 
     def __init__(self, store: FlatStore, path: str):
