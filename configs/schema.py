@@ -89,6 +89,8 @@ class TrainingConfig:
         every, kept = self.run.save_every_steps, self.run.keep_newest_checkpoints
         if not every:
             raise ValueError("spikes.deviations needs checkpoints: set run.save_every_steps")
+        if self.run.save_every_seconds is not None:
+            raise ValueError("spikes.deviations needs saves by step: leave run.save_every_seconds")
         if self.data.packing == "online":
             raise ValueError("spikes.deviations skips batches, which data.packing='online' cannot")
         # Kept are `kept` steps up to a spike; and going back ends up to an interval further.

@@ -28,7 +28,7 @@ from llm.training.replay import replayed
 from llm.training.run import Run
 from llm.training.run_config import check_config
 from llm.training.schedules import make_schedule
-from llm.training.state import averaged_params, init_state, state_shardings
+from llm.training.state import TrainState, averaged_params, init_state, state_shardings
 from llm.training.step import make_train_step, place_batch
 from llm.training.trainable import make_rates, split
 
@@ -82,6 +82,20 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
     train_step = replayed(train_step, config.run.replay_every_steps)
     score = jax.jit(lambda params, batch: loss_fn(params, batch, None)[1])
 
+    def evaluate(run: Run, state: TrainState, frozen: dict) -> None:
+        if "validation" not in encoded:
+            return
+        totals: dict[str, float] = {}
+        held_out = spread(encoded["validation"], config.comparisons.max_responses)
+        for batch in ComparisonBatches(held_out, config.comparisons, one_pass=True, **hosts):
+            params = averaged_params(state)
+            reference = models.reference_params({"policy": state.params}, frozen)
+            batch = add_reference(params, reference, batch)
+            arrays = {name: x for name, x in batch.items() if name != "cursor"}
+            sums = score(params, place_batch(arrays, mesh))
+            totals = {n: totals.get(n, 0.0) + float(x) for n, x in sums.items()}
+        write_evaluation(run, totals)
+
     # Run
     run = Run(
         workdir,
@@ -103,6 +117,8 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
 
         # Restore
         state, batches = run.restore(state, batches)
+        if run.due(config.evaluate_every_steps):
+            evaluate(run, state, frozen)
 
         # Loop
         while run.step < run.total_steps:
@@ -110,19 +126,8 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
             batch = add_reference(state.params, reference, next(batches))
             state, metrics = train_step(state, batch)
             state = run.after_step(state, metrics)
-            if run.due(config.evaluate_every_steps) and "validation" in encoded:
-                totals: dict[str, float] = {}
-                held_out = spread(encoded["validation"], config.comparisons.max_responses)
-                for batch in ComparisonBatches(
-                    held_out, config.comparisons, one_pass=True, **hosts
-                ):
-                    params = averaged_params(state)
-                    reference = models.reference_params({"policy": state.params}, frozen)
-                    batch = add_reference(params, reference, batch)
-                    arrays = {name: x for name, x in batch.items() if name != "cursor"}
-                    sums = score(params, place_batch(arrays, mesh))
-                    totals = {n: totals.get(n, 0.0) + float(x) for n, x in sums.items()}
-                write_evaluation(run, totals)
+            if run.due(config.evaluate_every_steps):
+                evaluate(run, state, frozen)
 
 
 def init_frozen(

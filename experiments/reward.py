@@ -34,7 +34,7 @@ from llm.training.replay import replayed
 from llm.training.run import Run
 from llm.training.run_config import check_config
 from llm.training.schedules import make_schedule
-from llm.training.state import averaged_params, init_state, state_shardings
+from llm.training.state import TrainState, averaged_params, init_state, state_shardings
 from llm.training.step import make_train_step, place_batch
 from llm.training.trainable import make_rates, split
 
@@ -87,6 +87,11 @@ def train_reward(config: RewardModelConfig, workdir: str) -> None:
     train_step = replayed(train_step, config.run.replay_every_steps)
     score_step = make_score_step(model, mesh)
 
+    def evaluate(run: Run, state: TrainState) -> None:
+        if "validation" in encoded:
+            params = averaged_params(state)
+            show(run, measure(score_step, params, encoded["validation"], config))
+
     # Run
     run = Run(
         workdir,
@@ -113,15 +118,16 @@ def train_reward(config: RewardModelConfig, workdir: str) -> None:
 
         # Restore
         state, batches = run.restore(state, batches)
+        if run.due(config.evaluate_every_steps):
+            evaluate(run, state)
 
         # Loop
         while run.step < run.total_steps:
             batch = next(batches)
             state, metrics = train_step(state, batch)
             state = run.after_step(state, metrics)
-            if run.due(config.evaluate_every_steps) and "validation" in encoded:
-                params = averaged_params(state)
-                show(run, measure(score_step, params, encoded["validation"], config))
+            if run.due(config.evaluate_every_steps):
+                evaluate(run, state)
 
         finish(run, score_step, averaged_params(state), encoded, config)
 

@@ -16,7 +16,7 @@ from llm.models.scalar import ScalarModel
 from llm.rl.config import RewardConfig
 from llm.rl.models import Models, own_part
 from llm.rl.reward_model import make_model_reward
-from llm.rl.rewards import RewardFn, make_verifier
+from llm.rl.rewards import RewardFn, make_verifier, source_digest
 from llm.training.loading import load_params
 
 SCALE = "scale.json"  # in a reward model's workdir: shift and scale of its scores
@@ -76,6 +76,8 @@ def load_rewards(
             )
         else:
             function = make_verifier(reward)
+            if reward.kind == "python":
+                digests[f"rewards.{name}"] = source_digest(reward.path)
         rewards[name] = (function, reward.weight)
     return rewards, digests
 

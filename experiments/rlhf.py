@@ -159,9 +159,14 @@ def rlhf(
             )
             check_gap(float(metrics["rl/log_prob_gap"]), run.step + 1, config.rollout)
             seconds = collected.metrics | {"perf/learning_seconds": time.perf_counter() - started}
-            state = run.after_step(state, metrics | seconds | speed(config, metrics, seconds))
-            if run.due(config.samples_every_steps):
+            if samples_are_due(config, run.step + 1):  # before a signal's save: they are lost after
                 write_samples(run, collected, config.num_samples)
+            state = run.after_step(state, metrics | seconds | speed(config, metrics, seconds))
+
+
+def samples_are_due(config: RlhfConfig, step: int) -> bool:
+    every = config.samples_every_steps
+    return every > 0 and (step % every == 0 or step == config.total_steps)
 
 
 def speed(config: RlhfConfig, metrics: Mapping, seconds: Mapping[str, float]) -> dict[str, float]:
@@ -240,13 +245,13 @@ def next_ptx(ptx, mesh: Mesh) -> dict | None:
 
 
 def write_samples(run: Run, collected: Collected, num_samples: int) -> None:
-    """Write some of the step's responses, with their scores, to the run's logs."""
+    """Write some responses of the step under way, with their scores, to the run's logs."""
     scores = local_rows(collected.scores)
     texts = {}
     for i in range(min(num_samples, len(collected.texts))):
         prompt, text = collected.prompts[i].text, collected.texts[i]
         texts[f"samples/{i}"] = f"{prompt}\n→ {text}\n(score {scores[i]:.3f})"
-    run.write_texts(texts)
+    run.write_texts(texts, ahead=True)
 
 
 def main(config: RlhfConfig) -> None:

@@ -63,6 +63,7 @@ def _group(
         {"test": (answers_of(model), stacked([held_out for _, held_out in splits]))},
         tokens_per_step=splits[0][0].weights.shape[1] * config.batch_sequences,
         facts={"model": name, "params": trainable.num_params, "digits": digits},
+        code=__file__,
         told=[{"order": order, "num_examples": examples} for order, examples, _ in variants],
     )
 

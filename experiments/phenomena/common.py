@@ -66,6 +66,7 @@ class StudyGroup:
     measures: Mapping[str, tuple[Measure, Batch]]
     tokens_per_step: int
     facts: Mapping[str, Any]
+    code: str  # the file that makes the data, the model and what is measured
     told: Sequence[Mapping[str, Any]] | None = None
 
     def runs(self, study: StudyConfig) -> MemberRuns:
@@ -129,7 +130,7 @@ def _train_group(
         dataclasses.replace(common.run, save_every_steps=0, save_every_seconds=30.0),
         total_steps=study.total_steps,
         tokens_per_step=group.tokens_per_step * len(group.members),
-        code=__file__,
+        code=group.code,
     )
     train_members(
         run,

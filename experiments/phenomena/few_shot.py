@@ -53,6 +53,7 @@ def few_shot_groups(config: FewShotConfig, common: EmergenceConfig) -> Iterator[
             {f"shots_{n}": (answers_of(model), batch) for n, batch in held_out.items()},
             tokens_per_step=config.batch_sequences * length,
             facts={"model": name, "params": trainable.num_params},
+            code=__file__,
         )
 
 

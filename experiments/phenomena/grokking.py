@@ -54,6 +54,7 @@ def grokking_groups(config: GrokkingConfig, common: EmergenceConfig) -> Iterator
         },
         tokens_per_step=train[0].weights.size,
         facts={"modulus": config.modulus, "params": trainable.num_params},
+        code=__file__,
     )
 
 

@@ -55,6 +55,7 @@ def induction_groups(config: InductionConfig, common: EmergenceConfig) -> Iterat
             },
             tokens_per_step=config.batch_sequences * config.length_tokens,
             facts={"model": name, "layers": shape.num_layers, "params": trainable.num_params},
+            code=__file__,
         )
 
 

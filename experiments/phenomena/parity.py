@@ -49,6 +49,7 @@ def parity_groups(config: ParityConfig, common: EmergenceConfig) -> Iterator[Stu
             {"test": (by_subtask(network, jnp.asarray(problems[0].frequencies)), held_out)},
             tokens_per_step=config.batch_rows,
             facts={"model": f"w{width}", "width": width, "params": trainable.num_params},
+            code=__file__,
         )
 
 

@@ -55,8 +55,8 @@ def make_training_batches(
 def data_digests(config: DataConfig, prepared: Prepared, tokenizer: Tokenizer) -> dict[str, str]:
     """Return what the batches are made of, by name: a digest of each split's tokens in their order.
 
-    Of what is packed online, and read as it comes, names, sizes and times of the files stand for
-    it, or what the source tells of itself.
+    Of what is packed online, and read as it comes, names and sizes of the files stand for it, or
+    what the source tells of itself.
     """
     found = {"tokenizer": tokenizer.digest}
     for split in ("train", "validation"):
@@ -64,7 +64,7 @@ def data_digests(config: DataConfig, prepared: Prepared, tokenizer: Tokenizer) -
             found[f"{name} ({split})"] = part.digest
     if config.packing == "online":
         for name, source in config.sources.items():
-            found[f"{name} (train)"] = open_source(source, "train", config.cache_dir).fingerprint()
+            found[f"{name} (train)"] = open_source(source, "train", config.cache_dir).identity()
     return found
 
 

@@ -52,9 +52,17 @@ class Source:
         """
         return self.reader.rows(shard, fields)
 
+    def identity(self) -> str:
+        """Return a digest of what is read that is the same for another copy of it."""
+        same = getattr(self.reader, "identity", self.reader.fingerprint)()
+        return self._digest(same)
+
     def fingerprint(self) -> str:
         """Return a digest that changes with the data, the fields read or the split."""
-        facts = (self.reader.fingerprint(), self._fields, self.split, self.held_out)
+        return self._digest(self.reader.fingerprint())
+
+    def _digest(self, of_data: str) -> str:
+        facts = (of_data, self._fields, self.split, self.held_out)
         limits = (self.config.validation_fraction, self.config.max_document_bytes)
         form = (self.config.format, self.config.system_message)
         return hashlib.sha256(repr((facts, limits, form)).encode()).hexdigest()

@@ -28,10 +28,12 @@ def read_ledger(directory: pathlib.Path) -> dict[str, Any] | None:
         return None
     try:
         ledger = json.loads(path.read_text(encoding="utf-8"))
-        names = list(ledger["files"])
-        dict(ledger["origin"])
-    except (ValueError, KeyError, TypeError) as error:
+        whole = isinstance(ledger["files"], dict) and isinstance(ledger["origin"], dict)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
+    if not whole:
+        raise ValueError(f"{path} is damaged: files and origin must be objects")
+    names = list(ledger["files"])
     strange = [name for name in names if pathlib.PurePath(name).name != name]
     if strange:
         raise ValueError(f"{path} names a file outside its directory: {strange[0]}")

@@ -1,7 +1,10 @@
 """Rewards: plain functions (prompts, responses) → a number a response. Third floor."""
 
+import hashlib
 import importlib
+import inspect
 import math
+import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -151,6 +154,12 @@ def import_reward(path: str) -> RewardFn:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"reward function {path!r}, module:name, is not there: {error}") from error
+
+
+def source_digest(path: str) -> str:
+    """Return the SHA-256 of the file of the function that "package.module:name" names."""
+    file = inspect.getsourcefile(inspect.getmodule(import_reward(path)))
+    return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
 
 
 def _answer(prompt: Prompt, field: str):

@@ -67,9 +67,11 @@ class Checkpointer:
         *,
         keep_newest: int = 3,
         keep_every_steps: int = 0,
+        regular_steps: int = 1,
         guard: Callable[[], None] = lambda: None,
     ):
-        """`guard` raises where this process has lost the right to write in the workdir."""
+        """`keep_newest` counts the multiples of `regular_steps`; others, saved by chance, go when
+        there is a newer one. `guard` raises where the workdir is another run's by now."""
         self.workdir = absolute(workdir)
         self.directory = self.workdir / CHECKPOINTS
         self._guard = guard
@@ -79,7 +81,7 @@ class Checkpointer:
             self._temporary = tempfile.TemporaryDirectory(prefix="checkpoints_")
             self._staging = epath.Path(self._temporary.name)
         self._keep_newest = keep_newest
-        self._keep_every_steps = keep_every_steps
+        self._keep_every_steps, self._regular_steps = keep_every_steps, regular_steps
         self._apart = self._temporary is not None and jax.process_count() > 1
         self._orbax = make_writer(apart=self._apart)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="manifest")
@@ -170,6 +172,8 @@ class Checkpointer:
         self.settle()
         if jax.process_index() == 0:  # the others might look when some are deleted already
             for step in find_steps():
+                # Noted first, or a crash while it is saved again would look like damage.
+                manifests.note_discarded(self.workdir, step)
                 step_directories.delete(self.directory, step)
         _wait_for_all("discard")
 
@@ -291,7 +295,7 @@ class Checkpointer:
     def _remove_unfinished(self) -> None:
         """Remove what a killed run left: steps that never became valid, and half-deleted ones."""
         if jax.process_index() == 0 and self.directory.exists():
-            once_valid = {row["step"] for row in manifests.read_ledger(self.workdir)}
+            once_valid = manifests.once_valid(self.workdir)
             step_directories.remove_remains(self.directory)
             for step in step_directories.step_numbers(self.directory):
                 valid = (self._path(step) / manifests.MANIFEST).exists()
@@ -309,7 +313,8 @@ class Checkpointer:
 
     def _delete_unwanted(self, newest: int) -> None:
         steps = [step for step in list_steps(self.workdir) if step <= newest]
-        keep = set(steps[-self._keep_newest :])
+        regular = [step for step in steps if step % self._regular_steps == 0]
+        keep = {newest, *regular[-self._keep_newest :]}
         if self._keep_every_steps:
             keep |= {step for step in steps if step % self._keep_every_steps == 0}
         for step in steps:

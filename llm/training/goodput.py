@@ -1,5 +1,5 @@
 """Where a run's time goes: training steps, and by cause all that is not. Second floor.
-Every second of a process, from its start to the end of its last run, has one cause."""
+Every second from a process's start, or that of a job's stage, to its run's end has one cause."""
 
 import contextlib
 import dataclasses
@@ -59,7 +59,11 @@ class Goodput:
         self._compiled: list[tuple[float, float]] = []  # of the cause under way, not overlapping
         self._thread = threading.get_ident()
         self._first_step = self._last_step = self._reached = 0
-        self._written = 0.0
+        self._written, self._listening = 0.0, False
+
+    def listen(self) -> None:
+        """Let JAX tell of its compilations, until `close`."""
+        self._listening = True
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     @property
@@ -135,7 +139,9 @@ class Goodput:
         global _free_since
         self.enter(self._cause)
         self.write()
-        jax.monitoring.unregister_event_duration_listener(self._on_event)
+        if self._listening:
+            jax.monitoring.unregister_event_duration_listener(self._on_event)
+            self._listening = False
         _free_since = self._since
 
     def _on_event(self, event: str, seconds: float, **_) -> None:

@@ -8,6 +8,7 @@ import importlib.metadata
 import io
 import json
 import pathlib
+import sys
 import zipfile
 from collections.abc import Mapping
 
@@ -18,7 +19,11 @@ from llm.training.manifests import shorten
 from llm.training.run_config import RunConfig, record_change
 
 IDENTITY = "identity"  # in the workdir: code.json, libraries.json, data.json, code-….zip
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "jax-cuda13-plugin")
+_HOUSE = ("llm", "experiments", "configs")
+_LIBRARIES = (
+    "jax", "jaxlib", "flax", "optax", "numpy",
+    "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin",
+)  # fmt: skip
 
 Facts = Mapping[str, str]
 
@@ -43,8 +48,8 @@ class Identity:
         Raises:
           IdentityChangedError: they are others, and run.allow_code_change is not set.
         """
+        self._check("libraries", library_versions())  # another Python reads code in another way
         self._check("code", self._code)
-        self._check("libraries", library_versions())
 
     def record(self) -> None:
         """Keep code and libraries in the workdir, and a note of what changed."""
@@ -93,8 +98,8 @@ class Identity:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that compute."""
-    found = {}
+    """Return the versions of Python and of the libraries that compute."""
+    found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
     for name in _LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -103,11 +108,11 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-@functools.cache
 def code_of(file: str) -> dict[str, tuple[str, str]]:
     """Return {path: (digest, text)} of a file and of all that it imports of the house's packages.
 
-    The digest is of the syntax tree without docstrings: comments and layout do not count.
+    The digest is of the syntax tree without docstrings: comments and layout do not count. A file is
+    read once in a process, near its start: what is edited later does not run in it.
     """
     root = pathlib.Path(file).resolve().parent
     while (root / "__init__.py").exists():
@@ -119,11 +124,19 @@ def code_of(file: str) -> dict[str, tuple[str, str]]:
         name = path.relative_to(root).as_posix()
         if name in found:
             continue
-        text = path.read_text()
-        tree = ast.parse(text)
-        pending += [p for module in _imports(tree) for p in _module_files(root, module)]
-        found[name] = text_digest(ast.dump(_without_docstrings(tree)))[:16], text
+        digest, text, imports = _source(path)
+        pending += [p for module in imports for p in _module_files(root, module)]
+        found[name] = digest, text
     return {name: found[name] for name in sorted(found)}
+
+
+@functools.cache
+def _source(path: pathlib.Path) -> tuple[str, str, list[str]]:
+    """Return a file's digest, its text, and what it imports."""
+    text = path.read_text()
+    tree = ast.parse(text)
+    imports = _imports(tree)
+    return text_digest(ast.dump(_without_docstrings(tree)))[:16], text, imports
 
 
 def _imports(tree: ast.Module) -> list[str]:
@@ -138,7 +151,7 @@ def _imports(tree: ast.Module) -> list[str]:
 
 
 def _module_files(root: pathlib.Path, module: str) -> list[pathlib.Path]:
-    if module.split(".")[0] not in ("llm", "experiments"):
+    if module.split(".")[0] not in _HOUSE:
         return []
     stem = root.joinpath(*module.split("."))
     return [path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()]

@@ -11,6 +11,7 @@ from etils import epath
 
 from llm.training.files import (
     absolute,
+    append_json_line,
     canonical_json,
     file_digest,
     fsync,
@@ -45,6 +46,21 @@ def read_ledger(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """Return a row for each checkpoint that was ever valid, deleted ones included."""
     rows = read_json_lines(absolute(workdir) / LEDGER)
     return [row for row in rows if isinstance(row.get("step"), int)]
+
+
+def once_valid(workdir: epath.PathLike) -> set[int]:
+    """Return the steps that the ledger names and that no run has discarded since."""
+    valid: set[int] = set()
+    for row in read_json_lines(absolute(workdir) / LEDGER):
+        if isinstance(row.get("step"), int):
+            valid.add(row["step"])
+        valid.discard(row.get("discarded"))
+    return valid
+
+
+def note_discarded(workdir: epath.PathLike, step: int) -> None:
+    """Note in the ledger that a step is deleted because a run has gone back to before it."""
+    append_json_line(absolute(workdir) / LEDGER, {"discarded": step, "time": time.time()})
 
 
 def ledger_row(manifest: dict[str, Any]) -> dict[str, Any]:

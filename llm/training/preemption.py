@@ -22,6 +22,7 @@ class Preemption:
         self.signal_name = ""
         self._old_handlers: dict[int, Any] = {}
         self._ask_all = False
+        self._asked = 0
 
     def start(self, num_processes: int = 1) -> None:
         """Install the handlers; with several processes SIGTERM is left to JAX's own service.
@@ -45,12 +46,14 @@ class Preemption:
             signal.signal(number, handler)
         self._old_handlers.clear()
 
-    def requested(self, step: int) -> bool:
+    def requested(self) -> bool:
         """Return whether to save and leave after this step; several processes all agree."""
+        self._asked += 1
         if self._ask_all:
             from jax.experimental import multihost_utils
 
-            if multihost_utils.reached_preemption_sync_point(step):
+            # It takes a number that only grows, the same everywhere: a run's steps can go back.
+            if multihost_utils.reached_preemption_sync_point(self._asked):
                 self.signal_name = self.signal_name or "SIGTERM"
                 return True
             return False

@@ -35,7 +35,7 @@ class ProfileWindow:
 
         Waits for the devices at both ends: the trace should hold these steps and no others.
         """
-        if step + 1 == self._first and self._first <= self._last:
+        if step + 1 == self._first and self._first <= self._last and not self._active:
             jax.block_until_ready(outputs)
             self._active = contextlib.ExitStack()
             folder = self._active.enter_context(local_directory(self._directory))

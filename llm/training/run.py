@@ -103,6 +103,7 @@ class Run:
         self._peers = Peers(str(self.workdir), run_config.hang_timeout_seconds)
         lock = Lock(self.workdir)
         with contextlib.ExitStack() as stack:
+            self._goodput.listen()
             stack.callback(self._goodput.close)
             stack.enter_context(self._peers)
             if self._primary:
@@ -218,7 +219,7 @@ class Run:
         self._state = None
         self._saver.commit(self.step, body_done=True)
         self._saver.tolerate(self.step, self._saver.checkpointer.check)
-        self.step += 1
+        self.step = step = self.step + 1
         self._peers.moved(self.step)
         self._body_done = False
         self._preemption.armed = True
@@ -229,10 +230,13 @@ class Run:
             self.say(f"profile written to {self.workdir / 'profile'}")
         self._state = state
         self._goodput.after_step(self.step)
-        if self._spikes.spike is None and self._saver.is_due(self.step):
-            self._saver.tolerate(self.step, self._save)
-        self._leave_if_asked(self._preemption.requested(self.step))
+        save_is_due = self._saver.is_due(self.step)
+        if save_is_due:
+            self._read_log()  # a step is judged before it is saved
         state = self._rewind_if_due(state)
+        if save_is_due and self.step == step:
+            self._saver.tolerate(step, self._save)
+        self._leave_if_asked(self._preemption.requested())
         self._goodput.enter("evaluate")
         return state
 
@@ -243,7 +247,7 @@ class Run:
         """
         if self._state is not None and jax.process_count() == 1:
             # An evaluation could outlast the time that a signal leaves.
-            self._leave_if_asked(self._preemption.requested(self.step))
+            self._leave_if_asked(self._preemption.requested())
         if every_steps <= 0 or self.step == 0 or self._body_done:
             return False
         due = self.step % every_steps == 0 or self.step == self.total_steps
@@ -258,10 +262,13 @@ class Run:
         if self._primary:
             self._metrics.write(self.step, metrics)
 
-    def write_texts(self, texts: Mapping[str, str]) -> None:
-        """Write texts by name, such as samples, at this step: to texts.jsonl and TensorBoard."""
+    def write_texts(self, texts: Mapping[str, str], *, ahead: bool = False) -> None:
+        """Write texts by name, such as samples, at this step: to texts.jsonl and TensorBoard.
+
+        `ahead`: at the step under way, before `after_step`, which may save it and leave.
+        """
         if self._primary:
-            self._metrics.write_texts(self.step, texts)
+            self._metrics.write_texts(self.step + ahead, texts)
 
     def say(self, text: str) -> None:
         """Print a line above the live progress line."""
@@ -300,8 +307,9 @@ class Run:
             return
         if self._saver.saved_step != self.step:
             self._save()
-        self._saver.commit(self.step, body_done=False)
-        self._saver.checkpointer.wait()
+        with self._goodput.during("save"):
+            self._saver.commit(self.step, body_done=False)
+            self._saver.checkpointer.wait()
         self.say(
             f"{self._preemption.signal_name}: step {self.step} is saved in {self.workdir}; the "
             f"same command goes on from there (exit code {EXIT_CODE})"
@@ -333,9 +341,11 @@ class Run:
         self._peers.moved(self.step, patient=True)
         with self._goodput.during("restore"):
             self._saver.commit(self.step, body_done=False)
+            # A save that failed in the background was of a step that is left behind.
+            self._saver.tolerate(self.step, self._saver.checkpointer.wait)
             restored = self._saver.go_back(state, target)
             if restored is None:
-                self._spikes.spike = None
+                self._spikes.let_pass()
                 self.say(f"{rose}. No checkpoint is at step {target} or before: training goes on")
                 return state
             self._goodput.rewind()

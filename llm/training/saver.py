@@ -40,6 +40,8 @@ class Saver:
             workdir,
             keep_newest=run_config.keep_newest_checkpoints,
             keep_every_steps=run_config.keep_every_steps,
+            # Where saves are by the clock, none is more regular than another.
+            regular_steps=1 if run_config.save_every_seconds else run_config.save_every_steps or 1,
             guard=guard,
         )
 

@@ -58,6 +58,7 @@ class SpikeWatch:
         self._losses: collections.deque[float] = collections.deque(maxlen=self._config.window_steps)
         self.skips = self._read()
         self.spike: Spike | None = None  # seen, and not yet dealt with
+        self._quiet_until = -1  # the step
 
     def _read(self) -> list[Skip]:
         names = [field.name for field in dataclasses.fields(Skip)]
@@ -70,19 +71,26 @@ class SpikeWatch:
         """Take a step's loss, in nats; `spike` is set where it is one.
 
         One is a loss that lies `deviations` robust standard deviations above the median of a full
-        window. None is seen before the step of the last one is passed: its batches are skipped
-        once, and what comes back without them is not theirs.
+        window. After one there is none before its step and another window are passed: its batches
+        are skipped once, and what comes back without them is not theirs.
         """
         if not self._config.deviations or not math.isfinite(loss):
             return
         full = len(self._losses) == self._config.window_steps
-        past = max((skip.spike_step for skip in self.skips), default=-1)
-        if full and step > past and self.spike is None:
+        if full and step > self._quiet_until and self.spike is None:
             usual = statistics.median(self._losses)
             spread = _TO_SIGMA * statistics.median(abs(x - usual) for x in self._losses)
             if loss > usual + self._config.deviations * spread:
                 self.spike = Spike(step, loss, usual, *sequences)
         self._losses.append(loss)
+
+    def let_pass(self) -> None:
+        """Train through the spike, and what follows from it: there is no checkpoint before it."""
+        self._be_quiet_after(self.spike.step)
+        self.spike = None
+
+    def _be_quiet_after(self, step: int) -> None:
+        self._quiet_until = max(self._quiet_until, step + self._config.window_steps)
 
     def rewind_step(self, save_every_steps: int) -> int:
         """Return the step to go back to for the spike: one that every run saves."""
@@ -99,6 +107,7 @@ class SpikeWatch:
         to_cursor = max(from_cursor + skipped, spike.sequences_end)
         skip = Skip(step, from_cursor, to_cursor, spike.step, spike.loss, spike.usual)
         self.skips.append(skip)
+        self._be_quiet_after(spike.step)
         if write:
             append_json_line(self._path, dataclasses.asdict(skip))
         return skip
@@ -127,7 +136,12 @@ class SpikeWatch:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
         spike = None if self.spike is None else list(self.spike)
-        return {"losses": list(self._losses), "spike": spike, "skips": len(self.skips)}
+        return {
+            "losses": list(self._losses),
+            "spike": spike,
+            "quiet_until": self._quiet_until,
+            "skips": len(self.skips),
+        }
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go on as a checkpoint was."""
@@ -135,3 +149,6 @@ class SpikeWatch:
         self._losses.extend((state or {}).get("losses", []))
         spike = (state or {}).get("spike")
         self.spike = None if spike is None else Spike(*spike)
+        self._quiet_until = (state or {}).get("quiet_until", -1)
+        for skip in self.skips:  # those after the checkpoint too
+            self._be_quiet_after(skip.spike_step)

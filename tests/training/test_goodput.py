@@ -62,6 +62,7 @@ def test_steps_done_again_are_no_progress(tmp_path):
 
 def test_compiling_is_taken_out_of_what_waits_for_it(tmp_path):
     stopwatch = Goodput(tmp_path)
+    stopwatch.listen()
     stopwatch.enter("evaluate")
     began = time.monotonic()
     grow = jax.jit(lambda x: sum(jnp.sin(x * i) for i in range(200)))

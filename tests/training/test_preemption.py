@@ -24,12 +24,12 @@ def test_exit_code_is_that_of_a_temporary_failure():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_raises_the_flag(preemption, number, capfd):
     preemption.armed = True
-    assert not preemption.requested(1)
+    assert not preemption.requested()
     os.kill(os.getpid(), number)
-    assert preemption.requested(2) and preemption.signal_name == signal.Signals(number).name
+    assert preemption.requested() and preemption.signal_name == signal.Signals(number).name
     for _ in range(3):
         os.kill(os.getpid(), signal.SIGTERM)
-    assert preemption.requested(3)
+    assert preemption.requested()
     shown = capfd.readouterr().err
     assert shown.count("saving at the end of this step") == 1
     assert shown.count("already saving") == 3
@@ -81,5 +81,5 @@ def test_other_threads_install_nothing():
     thread = threading.Thread(target=watch.start)
     thread.start()
     thread.join()
-    assert signal.getsignal(signal.SIGTERM) == before and not watch.requested(1)
+    assert signal.getsignal(signal.SIGTERM) == before and not watch.requested()
     watch.stop()

@@ -1,6 +1,8 @@
 """PaLM's rule: a spike rewinds the run and leaves its batches out, once, however often it stops."""
 
 import json
+import os
+import signal
 
 import flax.struct
 import jax
@@ -10,7 +12,7 @@ import pytest
 
 from llm.training.config import SpikeConfig
 from llm.training.loading import verify
-from llm.training.manifests import read_ledger
+from llm.training.manifests import list_steps, read_ledger
 from llm.training.metrics import read_metrics
 from llm.training.run import Run
 from llm.training.run_config import RunConfig
@@ -50,8 +52,13 @@ def step(state, batch):
     return State(params, batch["cursor"]), {"train/loss": loss}
 
 
-def train(workdir, rule=RULE, *, stop_after=10**6, poisoned=range(80, 92), seen=None, **options):
-    """Steps 21 to 23 read poisoned numbers. `seen` gathers (step, cursor) of what was learnt."""
+def train(
+    workdir, rule=RULE, *, stop_after=10**6, poisoned=range(80, 92), seen=None, told_at=0, **options
+):
+    """Steps 21 to 23 read poisoned numbers. `seen` gathers (step, cursor) of what was learnt.
+
+    `told_at`: the step that a SIGTERM comes in.
+    """
     options = {"log_every_steps": 1, "save_every_steps": 2, "keep_newest_checkpoints": 4} | options
     run = Run(workdir, {}, RunConfig(**options), total_steps=TOTAL, tokens_per_step=4, spikes=rule)
     steps = 0
@@ -60,6 +67,8 @@ def train(workdir, rule=RULE, *, stop_after=10**6, poisoned=range(80, 92), seen=
         while run.step < TOTAL and steps < stop_after:
             batch = next(batches)
             state, metrics = step(state, batch)
+            if run.step + 1 == told_at:
+                os.kill(os.getpid(), signal.SIGTERM)
             if seen is not None:
                 seen.append((run.step + 1, int(batch["cursor"])))
             state = run.after_step(state, metrics)
@@ -133,10 +142,41 @@ def test_what_spikes_again_in_the_same_place_is_trained_through(tmp_path):
     assert read_metrics(tmp_path)[-1]["step"] == TOTAL
 
 
+def test_steps_saved_for_signals_do_not_push_out_the_one_to_go_back_to(tmp_path):
+    rule = SpikeConfig(deviations=12.0, window_steps=8, rewind_steps=6, skip_steps=9)
+    for name in ("whole", "told"):
+        (tmp_path / name).mkdir()
+        for told_at in (15, 17, 19) if name == "told" else ():
+            with pytest.raises(SystemExit):
+                train(tmp_path / name, rule, told_at=told_at, keep_newest_checkpoints=5)
+        train(tmp_path / name, rule, keep_newest_checkpoints=5)
+    whole, told = facts(tmp_path / "whole"), facts(tmp_path / "told")
+    assert json.loads(whole[2])["step"] == 14
+    assert whole[1:] == told[1:] and whole[0].items() <= told[0].items()
+
+
+def test_what_is_deleted_on_going_back_is_not_missed(tmp_path, caplog):
+    """Killed while it saves a step again that it had before the spike."""
+    train(tmp_path, SpikeConfig(), stop_after=22)
+    (tmp_path / "skipped_batches.jsonl").write_text(
+        json.dumps(dict(step=18, from_cursor=72, to_cursor=92, spike_step=21, loss=9, usual=1))
+    )
+    train(tmp_path, stop_after=1)
+    unfinished = tmp_path / "checkpoints" / "20"
+    assert not unfinished.exists()
+    unfinished.mkdir()
+    train(tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("corrupt-*")) and "corrupt" not in caplog.text
+    assert all(not report.problems for report in verify(tmp_path))
+
+
 def test_without_a_checkpoint_before_it_training_goes_on(tmp_path, capfd):
-    train(tmp_path, save_every_steps=30, poisoned=range(80, 84))
+    train(tmp_path, save_every_steps=30, poisoned=range(112, 120))  # steps 29 and 30
+    assert list_steps(tmp_path) == [30]  # the spike before it does not hold it up
     assert not (tmp_path / "skipped_batches.jsonl").exists()
-    assert "No checkpoint is at step 0 or before" in " ".join(capfd.readouterr().err.split())
+    said = " ".join(capfd.readouterr().err.split())
+    assert said.count("step 29: the loss rose") == 1 and "step 30: the loss rose" not in said
+    assert "No checkpoint is at step 0 or before" in said
 
 
 def test_a_later_rewind_to_before_an_earlier_one_makes_it_void(tmp_path):
