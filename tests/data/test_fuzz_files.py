@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from experiments.entry import _is_users_mistake
@@ -134,6 +134,9 @@ TOKENIZER = byte_tokenizer()
 FORMATS = ("text", "messages", "prompt_response")
 
 
+@example([b'{"messages": {"role": 5, "content": [1, 2]}}'], b"\n", "messages")
+@example([b'{"text": "t", "prompt": "\\ud800"}'], b"\n", "text")
+@example([b'{"chosen":' + b"[" * 400 + b"]" * 400 + b',"rejected":[]}'], b"\n", "text")
 @given(st.lists(LINES, max_size=6), st.sampled_from([b"\n", b"\r\n"]), st.sampled_from(FORMATS))
 def test_lines_of_any_kind(lines, end, format):
     check(end.join(lines), ".jsonl", format)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from configs.dataclass_config import ConfigError, field_types, from_config_dict, union_members
@@ -113,6 +113,11 @@ def trace_first_step(config: PretrainConfig, adapter: AdapterConfig) -> None:
 
 
 @settings(max_examples=40 if settings().derandomize else 1000, phases=set(Phase) - {Phase.explain})
+@example({("mesh", "context"): 8}, {})
+@example({("mesh", "data"): 1}, {})
+@example({("compute", "attention_kernel"): "cudnn"}, {})
+@example({("compute", "dtype"): "float64"}, {})
+@example({("schedule", "warmup_steps"): 6}, {})
 @given(CHANGES, ADAPTERS | st.just({}))
 def test_a_combination_is_built_or_told(changes, adapter):
     fields = {name: dict(v) if isinstance(v, dict) else v for name, v in SMALL.items()}
