@@ -189,7 +189,9 @@ def _remember_the_code() -> None:
     """Read the sources now: a job of hours must not take for its own what is edited meanwhile."""
     from llm.training.identity import code_of  # only now: it loads JAX
 
-    code_of(sys.modules["__main__"].__file__)
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    if file is not None:  # there is none of what is typed in
+        code_of(file)
 
 
 def _keep_standard_output_for_json() -> None:
