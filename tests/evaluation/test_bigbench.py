@@ -276,7 +276,7 @@ def test_smollm2_knows_some_capitals(write):
     ]
     how = {"example_input_prefix": "", "example_output_prefix": " "}
     task = write(COLOURS, examples=examples, append_choices_to_input=False, **how)
-    config, *rest = load_model("smollm2")
+    config, *rest, _ = load_model("smollm2")
     model = batched((Transformer(config, ComputeConfig()), *rest), batch_size=9)
     result = evaluate_task(model, task)
     assert result.scores["multiple_choice_grade"].value == 1.0
