@@ -97,14 +97,14 @@ loader.Batches.__next__ = other_targets
 
 @pytest.mark.slow
 def test_a_loss_spike_is_gone_around_killed_or_not(folder):
-    """Two kills or none, or a replay that only follows the record: the same run."""
+    """Killed or not, or a replay that only follows the record: the same run."""
     runs = [folder / f"pretrain_spiked_{name}" for name in ("whole", "killed", "replayed")]
     flags = (*FLAGS, *SPIKES)
     poisoned = {"patch": OTHER_TARGETS_IN_STEP_FIFTEEN}
     said = " ".join(finish(start("pretrain", folder, runs[0], *flags, **poisoned)).split())
     assert "step 15: the loss rose from" in said
     assert "Going on from step 12, without sequences 48 to 63 of the data" in said
-    run_with_kills("pretrain", folder, runs[1], random.Random(0), 2, *flags, **poisoned)
+    run_with_kills("pretrain", folder, runs[1], random.Random(0), 1, *flags, **poisoned)
     runs[2].mkdir()
     shutil.copy(runs[0] / "skipped_batches.jsonl", runs[2])
     finish(start("pretrain", folder, runs[2], *FLAGS, "--config.run.keep_newest_checkpoints=4"))

@@ -109,7 +109,7 @@ def test_a_spike_rewinds_and_leaves_its_batches_out(whole):
     assert all(not report.problems for report in verify(workdir))
 
 
-@pytest.mark.parametrize("stop_after", [19, 21, 22, 24])
+@pytest.mark.parametrize("stop_after", [20, 21, 22])
 def test_a_run_stopped_around_the_spike_is_the_same(whole, tmp_path, stop_after):
     train(tmp_path, stop_after=stop_after)
     train(tmp_path)
