@@ -2,7 +2,8 @@
 #   make speedrun   corpus, tokenizer, pretraining, evaluation and a report, in minutes on a CPU
 #   make scaling    ladders of small models, scaling laws fitted to them, and a report
 #   make emergence  grokking, addition, induction heads, sparse parity, few-shot: and a report
-#   make test       lint, format and all tests
+#   make test       lint, format and all tests but the longest
+#   make test-long  those
 # PYTHON=... picks the interpreter, ARGS=... adds flags, PYTEST_ARGS=... replaces pytest's.
 
 VENV := .venv
@@ -15,7 +16,7 @@ PYTEST_ARGS ?= -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # By running it: a version manager leaves stand-ins on the PATH for versions it does not have.
 USABLE := 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help speedrun scaling emergence test format clean
+.PHONY: help speedrun scaling emergence test test-long format clean
 
 help:
 	@sed -n 's/^\#   //p' Makefile
@@ -33,6 +34,9 @@ test: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest $(CHECK_TYPES) $(PYTEST_ARGS)
+
+test-long: $(VENV)/.test-installed
+	$(BIN)/python -m pytest $(CHECK_TYPES) $(PYTEST_ARGS) -m long
 
 format: $(VENV)/.test-installed
 	$(BIN)/ruff check --fix .

@@ -35,6 +35,7 @@ def run(folder, module, recipe, *arguments):
     return [row for row in read_metrics(workdir) if "train/loss" in row]
 
 
+@pytest.mark.long
 def test_two_steps_of_every_stage(folder):
     chat = run(
         folder, "finetune", "finetune_smollm2", "--config.total_epochs=none",

@@ -69,6 +69,7 @@ def test_every_target_is_scored_once_whatever_the_stride(step, params, documents
         assert score.tokens == pairs and score.num_bytes == 3 * len(documents)
 
 
+@pytest.mark.long
 def test_sliding_by_one_gives_each_target_the_fullest_context(step, params, documents):
     tokens = documents[0][:24]
     expected = 0.0

@@ -69,7 +69,7 @@ def test_without_being_asked_to_go_on_it_ends_loudly(small_disk, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [full, read_only])
+@pytest.mark.parametrize("fault", [full, pytest.param(read_only, marks=pytest.mark.long)])
 def test_asked_to_go_on_it_trains_and_saves_when_it_can_again(small_disk, folder, fault):
     workdir = small_disk / "run"
     child = start("pretrain", folder, workdir, *STEPS, GO_ON)

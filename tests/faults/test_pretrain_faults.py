@@ -95,7 +95,7 @@ loader.Batches.__next__ = other_targets
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_loss_spike_is_gone_around_killed_or_not(folder):
     """Killed or not, or a replay that only follows the record: the same run."""
     runs = [folder / f"pretrain_spiked_{name}" for name in ("whole", "killed", "replayed")]
@@ -136,7 +136,7 @@ s.accumulate = faulty
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_bit_of_a_gradient_flipped_once_names_the_step(folder):
     workdir = folder / "pretrain_flipped"
     child = start("pretrain", folder, workdir, *FLAGS, patch=FLIP_A_BIT_OF_A_GRADIENT_ONCE)

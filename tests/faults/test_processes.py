@@ -125,6 +125,7 @@ def test_told_to_leave_then_bereft_then_alone(folder):
     assert_ends_as_unbroken(folder, workdir, step)
 
 
+@pytest.mark.long
 def test_on_an_object_store_one_then_two_then_one(folder, tmp_path):
     shared_store.register(str(tmp_path))
     child = shared_store.IN_A_CHILD.format(root=str(tmp_path))

@@ -145,6 +145,7 @@ def test_export_scores_the_same_in_transformers_and_here(smollm2, exported, forw
     assert nats_per_token(logits, ids) == pytest.approx(nats_per_token(expected, ids), abs=1e-5)
 
 
+@pytest.mark.long
 def test_evaluate_scores_a_file_as_transformers_does(exported, tmp_path):
     """No <|im_start|> before the text, though it is this tokenizer's BOS, and no EOS after it."""
     (tmp_path / "passage.txt").write_text(PASSAGE)

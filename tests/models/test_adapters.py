@@ -31,7 +31,11 @@ CONFIG = TransformerConfig(
 TOKENS = jax.random.randint(jax.random.key(5), (2, 12), 0, CONFIG.vocab_size)
 EVERY = [
     pytest.param(
-        unroll, remat, quantize, id=f"{'unrolled' if unroll else 'scanned'}-{remat}-{quantize}"
+        unroll,
+        remat,
+        quantize,
+        id=f"{'unrolled' if unroll else 'scanned'}-{remat}-{quantize}",
+        marks=[pytest.mark.long] if quantize == "int8" else [],  # nf4 is the harder case
     )
     for unroll, remat, quantize in itertools.product(
         (True, False), ("none", "full"), ("none", "int8", "nf4")
@@ -160,7 +164,7 @@ SMALL = dataclasses.replace(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("quantize", ["none", pytest.param("int8", marks=pytest.mark.long), "nf4"])
 @pytest.mark.parametrize("unroll", [True, False], ids=["unrolled", "scanned"])
 def test_every_remat_policy_trains_and_decodes_as_none(unroll, quantize):
     """Losses, the factors' gradients, and greedy texts; those of "none" are merged ones above."""

@@ -31,7 +31,9 @@ def test_the_first_update_is_on_policy_to_the_bit():
     assert abs(still["rl/approx_kl"]) < 1e-7 and still["rl/clip_fraction"] == 0.0
 
 
-@pytest.mark.parametrize("group", [1, ROLLOUT.group])  # prompts read for each row, or once
+@pytest.mark.parametrize(
+    "group", [pytest.param(1, marks=pytest.mark.long), ROLLOUT.group]
+)  # prompts read for each row, or once
 def test_trainer_and_sampler_agree_at_a_temperature(group):
     trainer = Trainer()
     collected = trainer.collect()
@@ -96,7 +98,10 @@ def test_a_prompt_read_once_for_its_group_has_the_gradient_of_whole_rows(remat, 
         )
 
 
-@pytest.mark.parametrize("name, minibatches", [("ppo", 2), ("rloo", 2), ("grpo", 1)])
+@pytest.mark.parametrize(
+    "name, minibatches",
+    [("ppo", 2), *(pytest.param(*x, marks=pytest.mark.long) for x in (("rloo", 2), ("grpo", 1)))],
+)
 def test_gradient_accumulation_changes_nothing(name, minibatches):
     # With one minibatch, in one part, the pass that looks is the one that is learnt from.
     algorithm = dataclasses.replace(PPO, name=name, minibatches=minibatches)
