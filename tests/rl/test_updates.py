@@ -220,7 +220,12 @@ def test_factors_may_be_named():
         (dict(whiten_advantages=True), dict(place="loss_k3"), {}, "or kl.place='reward'"),
         (dict(aggregation="sequence_mean"), dict(place="loss_k2"), {}, "each response's length"),
         (dict(name="grpo", group_std=True), dict(place="loss_k2"), {}, "each group's deviation"),
-        (dict(ptx_weight=1.0, minibatches=2), {}, dict(accumulate_steps=2), "accumulate_steps=4; try 8"),
+        (
+            dict(ptx_weight=1.0, minibatches=2),
+            {},
+            dict(accumulate_steps=2),
+            "accumulate_steps=4; try 8",
+        ),
     ],
 )
 def test_combinations_that_cannot_mean_what_they_say_are_refused(algorithm, kl, more, message):
