@@ -82,24 +82,9 @@ class TrainingConfig:
         )
         batch, parts = self.data.batch_sequences, self.accumulate_steps
         check_multiple("data.batch_sequences", batch, "accumulate_steps", parts)
-        if self.spikes.deviations:
-            self._check_rewinding()
-
-    def _check_rewinding(self) -> None:
-        every, kept = self.run.save_every_steps, self.run.keep_newest_checkpoints
-        if not every:
-            raise ValueError("spikes.deviations needs checkpoints: set run.save_every_steps")
-        if self.run.save_every_seconds is not None:
-            raise ValueError("spikes.deviations needs saves by step: leave run.save_every_seconds")
-        if self.data.packing == "online":
+        self.spikes.check_run(self.run)
+        if self.spikes.deviations and self.data.packing == "online":
             raise ValueError("spikes.deviations skips batches, which data.packing='online' cannot")
-        # Kept are `kept` steps up to a spike; and going back ends up to an interval further.
-        needed = -(-self.spikes.rewind_steps // every) + 2
-        if kept < needed:
-            raise ValueError(
-                f"spikes.rewind_steps={self.spikes.rewind_steps} needs older checkpoints than are "
-                f"kept: set run.keep_newest_checkpoints={needed}, or save less often"
-            )
 
     @property
     def tokens_per_step(self) -> int:

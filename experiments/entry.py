@@ -179,19 +179,8 @@ def _start(main: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         _add_xla_flag(_DETERMINISTIC)
     _use_threads_for_fake_devices()
     _use_compilation_cache()
-    if arguments:
-        _remember_the_code()
     main(*arguments)
     sys.stdout.flush()  # here, where a broken pipe is still handled
-
-
-def _remember_the_code() -> None:
-    """Read the sources now: a job of hours must not take for its own what is edited meanwhile."""
-    from llm.training.identity import code_of  # only now: it loads JAX
-
-    file = getattr(sys.modules["__main__"], "__file__", None)
-    if file is not None:  # there is none of what is typed in
-        code_of(file)
 
 
 def _keep_standard_output_for_json() -> None:

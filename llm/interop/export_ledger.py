@@ -1,12 +1,11 @@
 """What an exported directory is: the run and step that it was made from, and every file's hash.
 Interop floor. A directory that got the weights of another step, or a damaged file, is refused."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from llm.data.disk import file_facts, write_json
+from llm.data.disk import file_facts, read_json_object, write_json
 
 LEDGER = "ledger.json"
 
@@ -26,12 +25,8 @@ def read_ledger(directory: pathlib.Path) -> dict[str, Any] | None:
     path = directory / LEDGER
     if not path.is_file():
         return None
-    try:
-        ledger = json.loads(path.read_text(encoding="utf-8"))
-        whole = isinstance(ledger["files"], dict) and isinstance(ledger["origin"], dict)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from error
-    if not whole:
+    ledger = read_json_object(path)
+    if not all(isinstance(ledger.get(part), dict) for part in ("files", "origin")):
         raise ValueError(f"{path} is damaged: files and origin must be objects")
     names = list(ledger["files"])
     strange = [name for name in names if pathlib.PurePath(name).name != name]

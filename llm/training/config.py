@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from llm.parallel.checks import check_ranges
+from llm.training.run_config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,26 @@ class SpikeConfig:
             size="rewind_steps skip_steps",
             within={"window_steps": "[3, 1000000]"},
         )
+
+    def check_run(self, run: RunConfig) -> None:
+        """Check that the run will have a checkpoint to go back to.
+
+        Raises:
+          ValueError: it does not save by steps, or does not keep them for long enough.
+        """
+        if not self.deviations:
+            return
+        if not run.save_every_steps:
+            raise ValueError("spikes.deviations needs checkpoints: set run.save_every_steps")
+        if run.save_every_seconds is not None:
+            raise ValueError("spikes.deviations needs saves by step: leave run.save_every_seconds")
+        # Kept are those up to a spike; and going back ends up to an interval further.
+        needed = -(-self.rewind_steps // run.save_every_steps) + 2
+        if run.keep_newest_checkpoints < needed:
+            raise ValueError(
+                f"spikes.rewind_steps={self.rewind_steps} needs older checkpoints than are kept: "
+                f"set run.keep_newest_checkpoints={needed}, or save less often"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,10 +55,9 @@ class Goodput:
         self._path: epath.Path | None = None
         self._seconds = dict.fromkeys(CAUSES, 0.0)
         self._cause, self._since = "start", _free_since
-        self._began = time.time() - (time.monotonic() - _free_since)
         self._compiled: list[tuple[float, float]] = []  # of the cause under way, not overlapping
         self._thread = threading.get_ident()
-        self._first_step = self._last_step = self._reached = 0
+        self._last_step = self._reached = 0
         self._written, self._listening = 0.0, False
 
     def listen(self) -> None:
@@ -97,7 +96,7 @@ class Goodput:
 
     def open(self, step: int) -> None:
         """Begin the record of a start that goes on from a step."""
-        self._first_step = self._last_step = step
+        self._last_step = step
         self._reached = max((row["last_step"] for row in _read_rows(self._folder)), default=0)
         self._path = self._folder / f"{time.time_ns()}.json"
 
@@ -124,8 +123,6 @@ class Goodput:
         if self._path is None:
             return
         row = {
-            "began": self._began,
-            "first_step": self._first_step,
             "last_step": self._last_step,
             "seconds": {cause: round(x, 3) for cause, x in self.seconds.items()},
         }

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
+from llm.data.disk import read_json_object
 from llm.training.files import canonical_json, text_digest, write_atomically
 from llm.training.manifests import shorten
 from llm.training.run_config import RunConfig, record_change
@@ -170,13 +171,7 @@ def _read(workdir: epath.PathLike, kind: str) -> dict[str, str] | None:
     path = epath.Path(workdir) / IDENTITY / f"{kind}.json"
     if not path.exists():
         return None
-    try:
-        kept = json.loads(path.read_text())
-        if not isinstance(kept, dict):
-            raise ValueError("no JSON object")
-        return kept
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); restore it or remove it") from error
+    return read_json_object(path)
 
 
 def _changed(kept: Facts, facts: Facts) -> list[str]:

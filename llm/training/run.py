@@ -125,14 +125,10 @@ class Run:
             stack.callback(self._progress.close)
             writer = self._metrics if self._primary else None
             self._log = StepLog(writer, self._progress, self._amounts, run_config)
-            self._saver = Saver(
-                self.workdir, run_config, writer, self.total_steps, self.say, lock.check
-            )
-            self._profile = ProfileWindow(
-                self.workdir / "profile",
-                run_config.profile_start_step,
-                run_config.profile_num_steps,
-            )
+            total, guard = self.total_steps, lock.check
+            self._saver = Saver(self.workdir, run_config, writer, total, self.say, guard)
+            window = run_config.profile_start_step, run_config.profile_num_steps
+            self._profile = ProfileWindow(self.workdir / "profile", *window)
             stack.callback(self._profile.close)
             self._cleanup = stack.pop_all()
         return self
@@ -149,7 +145,7 @@ class Run:
         with self._cleanup:
             try:
                 with self._goodput.during("save"):
-                    self._read_log()
+                    self._observe(self._log.read())
                     # After an error the rest of this step's body, an evaluation, is still due.
                     self._saver.commit(self.step, body_done=error is None)
                     self._saver.checkpointer.close()
@@ -232,7 +228,7 @@ class Run:
         self._goodput.after_step(self.step)
         save_is_due = self._saver.is_due(self.step)
         if save_is_due:
-            self._read_log()  # a step is judged before it is saved
+            self._observe(self._log.read())  # a step is judged before it is saved
         state = self._rewind_if_due(state)
         if save_is_due and self.step == step:
             self._saver.tolerate(step, self._save)
@@ -258,7 +254,7 @@ class Run:
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write scalars by name, such as {"eval/loss": 3.2}, as one line at this step."""
-        self._read_log()  # the training metrics of this step come first
+        self._observe(self._log.read())  # the training metrics of this step come first
         if self._primary:
             self._metrics.write(self.step, metrics)
 
@@ -275,10 +271,6 @@ class Run:
         if self._primary:
             self._progress.say(text)
 
-    def _read_log(self) -> None:
-        """Read the metrics of the last step, if nobody has."""
-        self._observe(self._log.read())
-
     def _observe(self, found: StepMetrics | None) -> None:
         if found is None:
             return
@@ -289,7 +281,7 @@ class Run:
 
     def _save(self) -> None:
         """Start saving the current step."""
-        self._read_log()  # a checkpoint must not be newer than the log
+        self._observe(self._log.read())  # a checkpoint must not be newer than the log
         with self._goodput.during("save"):
             cursor = getattr(self._state, "cursor", None)
             notes = {
@@ -340,10 +332,7 @@ class Run:
         target = self._spikes.rewind_step(self.run_config.save_every_steps)
         self._peers.moved(self.step, patient=True)
         with self._goodput.during("restore"):
-            self._saver.commit(self.step, body_done=False)
-            # A save that failed in the background was of a step that is left behind.
-            self._saver.tolerate(self.step, self._saver.checkpointer.wait)
-            restored = self._saver.go_back(state, target)
+            restored = self._saver.go_back(self.step, state, target)
             if restored is None:
                 self._spikes.let_pass()
                 self.say(f"{rose}. No checkpoint is at step {target} or before: training goes on")

@@ -50,11 +50,14 @@ class Saver:
         self.saved_step, self._saved_sizes = step, {}
         self._last_time = time.monotonic()
 
-    def go_back(self, state: Any, at_most: int) -> Restored | None:
+    def go_back(self, step: int, state: Any, at_most: int) -> Restored | None:
         """Return the newest good step not above `at_most`; None where none so old is saved.
 
         Else the memory of the state given, which it replaces, is free: two of them may not fit.
         """
+        self.commit(step, body_done=False)
+        # A save that failed in the background was of a step that is left behind.
+        self.tolerate(step, self.checkpointer.wait)
         self.checkpointer.settle()
         if not any(step <= at_most for step in list_steps(self.checkpointer.workdir)):
             return None

@@ -109,5 +109,5 @@ def test_other_data_is_refused(tmp_path, house):
 def test_a_damaged_record_is_named(tmp_path, house):
     start(tmp_path / "run", house)
     (tmp_path / "run" / "identity" / "code.json").write_text("{")
-    with pytest.raises(ValueError, match="code.json cannot be read"):
+    with pytest.raises(ValueError, match="code.json is not JSON"):
         start(tmp_path / "run", house)
