@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 
 _CONFIG = flags.DEFINE_string("config", "configs/pretrain_tiny.py", "The recipe.")
 _STEPS = flags.DEFINE_integer("steps", 240, "Steps of a run.")
@@ -35,6 +35,7 @@ def main(_):
     from llm.training.metrics import read_metrics
     from llm.training.run import Run
 
+    logging.set_verbosity(logging.WARNING)  # as every entry point does: Orbax says a lot
     entry.tune_for_cpu()
     config = load_config(_CONFIG.value, [], PretrainConfig)
     evaluation = dataclasses.replace(config.evaluation, every_steps=0, at_start=False)
