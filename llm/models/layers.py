@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from llm.models.attention_kernels import attend
 from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
+from llm.models.context import whole_rows
 from llm.models.masks import AttentionPattern
 from llm.models.norms import Norm
 from llm.models.positions import apply_rotary
@@ -74,13 +75,9 @@ class Attention(nn.Module):
         kv_axes = ("embed", "kv_heads", "head_dim")
         key = project("key", "BTD,DKH->BTKH", (d, k, h), kv_axes, bias)(x)
         value = project("value", "BTD,DKH->BTKH", (d, k, h), kv_axes, bias)(x)
-        query = constrain(
-            query,
-            "activation_batch",
-            "activation_length",
-            "activation_heads",
-            "activation_head_dim",
-        )
+        of_tokens = "activation_batch", "activation_length"
+        query_axes = (*of_tokens, "activation_heads", "activation_head_dim")
+        query = constrain(query, *query_axes)
         if c.qk_norm:
             query = Norm("rmsnorm", c.norm_epsilon, dtype, name="query_norm")(query)
             key = Norm("rmsnorm", c.norm_epsilon, dtype, name="key_norm")(key)
@@ -99,14 +96,12 @@ class Attention(nn.Module):
             if start is not None:  # else empty before: these keys are all
                 key, value = cache.key, cache.value
         out = attend(
-            query,
-            key,
-            value,
+            *whole_rows(query, key, value),
             pattern,
             kernel=self.compute.attention_kernel,
             softcap=c.attention_softcap,
         )
-        out = checkpoint_name(out, "attention")
+        out = checkpoint_name(constrain(out, *query_axes), "attention")
         spec, axes = "BTNH,NHD->BTD", ("heads", "head_dim", "embed")
         out = project("out", spec, (n, h, d), axes, c.attention_bias == "all", residual=True)(out)
         return out, cache

@@ -19,7 +19,8 @@ from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
 from llm.models.layers import Hidden, Layer, LayerCache, LayerInputs
 from llm.models.masks import AttentionPattern
 from llm.models.norms import Norm
-from llm.models.positions import alibi_slopes, rotary_angles, sinusoidal_embedding
+from llm.models.pipeline import num_stages, run_pipeline
+from llm.models.positions import rotary_angles, sinusoidal_embedding
 from llm.models.projection import Projection, float32_product
 from llm.parallel.rules import constrain
 
@@ -141,9 +142,7 @@ class Transformer(nn.Module):
                     query_segments=segment_ids,
                     key_segments=segment_ids if isinstance(start, int) else segments,
                     prefix=prefix,
-                    slopes=jnp.asarray(alibi_slopes(c.num_heads))
-                    if c.positions == "alibi"
-                    else None,
+                    alibi_heads=c.num_heads if c.positions == "alibi" else None,
                 )
                 for kind in sorted(set(c.layer_kinds))
             },
@@ -156,7 +155,9 @@ class Transformer(nn.Module):
         for i in range(len(c.prefix_layers)):
             name = f"prefix_{i}"
             x, layers[name] = getattr(self, name)(x, inputs, caches.get(name))
-        if c.num_cycles:
+        if c.num_cycles and cache is None and num_stages() > 1 and not self.is_initializing():
+            x = self._pipelined(x, inputs)
+        elif c.num_cycles:
             x, layers["cycle"] = self.cycle(x, caches.get("cycle"), inputs)
         if c.norm_placement == "pre":
             x = self.final_norm(x)
@@ -176,6 +177,28 @@ class Transformer(nn.Module):
         if c.padded_vocab_size != c.vocab_size:
             logits = jnp.where(jnp.arange(c.padded_vocab_size) < c.vocab_size, logits, -jnp.inf)
         return constrain(logits, "activation_batch", "activation_length", "activation_vocab")
+
+    def _pipelined(self, x: Hidden, inputs: LayerInputs) -> Hidden:
+        """Return x after all cycles, each stage of the mesh's pipeline doing some of them."""
+        module = _rematerialise(Cycle, self.compute, scanned=True)
+        cycle = module(self.config, self.compute, self.adapter, parent=None)
+        key = None if inputs.deterministic else self.make_rng("dropout")
+
+        def stage(params, x, inputs, turn):
+            def one(x, of_cycle):
+                params, i = of_cycle
+                rngs = {} if key is None else {"dropout": jax.random.fold_in(key, i)}
+                x, _ = cycle.apply({"params": params}, x, None, inputs, rngs=rngs)
+                return x, {}
+
+            number = jax.tree.leaves(params)[0].shape[0]
+            unroll = number if self.compute.unroll_layers else 1
+            return jax.lax.scan(one, x, (params, turn * number + jnp.arange(number)), unroll=unroll)
+
+        axes = logical_axes(self.clone(parent=None))["cycle"]
+        params = self.variables["params"]["cycle"]
+        x, _ = run_pipeline(stage, params, axes, x, inputs, self.compute)
+        return x
 
     def _embed(self, tokens, positions, deterministic):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)

@@ -1,16 +1,19 @@
 """Sharding is a table: logical axis name → mesh axes. Ground floor."""
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 MeshAxes = tuple[str, ...]
 
 # Activation names start with "activation_" so that the two halves can never collide.
 RULES: dict[str, MeshAxes] = {
-    "layers": (),
+    "layers": ("pipeline",),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -19,37 +22,70 @@ RULES: dict[str, MeshAxes] = {
     "mlp": ("tensor",),
     "positions": (),
     "norm": (),
-    "activation_batch": ("data", "fsdp", "expert"),
+    # Outside the stages of a pipeline its devices share the batch too: embedding and head.
+    "activation_batch": ("data", "fsdp", "expert", "pipeline"),
     "activation_length": ("context",),
     "activation_embed": (),
     "activation_heads": ("tensor",),
     "activation_kv_heads": ("tensor",),
+    "activation_whole_row_heads": ("tensor", "context"),  # where each device sees whole rows
     "activation_head_dim": (),
     "activation_mlp": ("tensor",),
     "activation_vocab": ("tensor",),
     "activation_cache_length": (),
 }
 
+_in_stage = contextvars.ContextVar("in_stage", default=False)
+
+
+@contextlib.contextmanager
+def inside_stage() -> Iterator[None]:
+    """Within the block a batch is what one stage of a pipeline works on: not split over stages."""
+    before = _in_stage.set(True)
+    try:
+        yield
+    finally:
+        _in_stage.reset(before)
+
+
+def mesh_axes(name: str | None) -> MeshAxes:
+    """Return the mesh axes that cut a dimension of that logical name."""
+    axes = () if name is None else RULES[name]
+    if _in_stage.get() and name == "activation_batch":
+        return tuple(axis for axis in axes if axis != "pipeline")
+    return axes
+
 
 def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     """Return the PartitionSpec of an array whose dimensions have these logical names."""
-    spec = []
-    for name in axes:
-        mesh_axes = () if name is None else RULES[name]
-        spec.append(mesh_axes[0] if len(mesh_axes) == 1 else (mesh_axes or None))
-    return PartitionSpec(*spec)
+    found = map(mesh_axes, axes)
+    return PartitionSpec(*(cuts[0] if len(cuts) == 1 else (cuts or None) for cuts in found))
 
 
-def ways(mesh: Mesh, name: str) -> int:
+def ways(mesh: Mesh | AbstractMesh, name: str) -> int:
     """Return into how many parts the mesh cuts a dimension of that logical name."""
-    return math.prod(mesh.shape[axis] for axis in RULES[name])
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(name))
+
+
+def ways_in_force(name: str) -> int:
+    """Return the same of the mesh in force; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else ways(mesh, name)
 
 
 def constrain(x: ArrayLike, *axes: str | None) -> ArrayLike:
-    """Constrain x's sharding by its logical axes under the mesh in force; without one, return x."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Constrain x's sharding by its logical axes under the mesh in force; without one, return x.
+
+    A dimension that its mesh axes do not divide stays whole: one token of a row that is decoded.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    fitting = tuple(
+        name if name and size % ways(mesh, name) == 0 else None
+        for name, size in zip(axes, x.shape, strict=True)
+    )
+    return jax.lax.with_sharding_constraint(x, partition_spec(fitting))
 
 
 def make_shardings(mesh: Mesh, axes_tree, shapes_tree):
