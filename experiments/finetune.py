@@ -21,6 +21,7 @@ from llm.data.pipeline import data_digests, make_training_batches, num_truncated
 from llm.data.prepare import prepare
 from llm.models.adapters import adapt_params
 from llm.models.transformer import Transformer, logical_axes, param_shapes
+from llm.parallel.hosts import host_share
 from llm.parallel.mesh import make_mesh
 from llm.scaling.accounting import training_flops_per_token
 from llm.scaling.hardware import peak_flops
@@ -52,8 +53,7 @@ def finetune(config: FinetuneConfig, workdir: str) -> None:
         config.data,
         prepared,
         tokenizer,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        share=host_share(mesh),
         state_dir=epath.Path(workdir) / "data",
     )
     total_steps = config.num_steps(rows_per_epoch(batches))

@@ -19,6 +19,7 @@ from llm.data.pipeline import data_digests, make_training_batches
 from llm.data.prepare import prepare
 from llm.data.tokenizer_training import make_tokenizer
 from llm.models.transformer import Transformer, logical_axes
+from llm.parallel.hosts import host_share
 from llm.parallel.mesh import make_mesh
 from llm.scaling.accounting import training_flops_per_token
 from llm.scaling.hardware import peak_flops
@@ -62,8 +63,7 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
         config.data,
         prepared,
         tokenizer,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        share=host_share(mesh),
         state_dir=epath.Path(workdir) / "data",
     )
 

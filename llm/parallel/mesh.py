@@ -3,6 +3,7 @@
 import re
 import socket
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,19 +16,40 @@ from llm.parallel.config import MESH_AXES, MeshConfig
 _USER_ERROR = 2  # the exit code of a mistake that a person can mend
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh over the devices (default: all), laid out so that inner axes are near.
 
+    Devices of several slices are told by their `slice_index`: see MeshConfig.across_slices.
+
     Raises:
-      ValueError: the config's sizes do not multiply to the number of devices.
+      ValueError: the config's sizes do not multiply to the number of devices, or no axis can cross
+        the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = config.sizes(len(devices))
-    if devices[0].platform == "cpu":
-        grid = np.asarray(devices).reshape(sizes)  # fake devices have no topology to respect
-    else:
-        grid = mesh_utils.create_device_mesh(sizes, devices=devices)
+    slices: dict[int, list] = {}
+    for device in devices:
+        slices.setdefault(_slice_of(device), []).append(device)
+    crossing, sizes = config.within_slices(len(devices), len(slices))
+    grids = [_arrange(slices[index], sizes) for index in sorted(slices)]
+    grid = np.concatenate(grids, axis=MESH_AXES.index(crossing))
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _slice_of(device: Any) -> int:
+    """Return the number of a device's slice: of a TPU pod, or of GPUs that NVLink joins."""
+    if device.platform == "cpu":
+        return 0
+    return getattr(device, "slice_index", 0) or 0
+
+
+def _arrange(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
+    """Return the devices of one slice as a grid whose axes follow the links between them."""
+    if devices[0].platform == "cpu":
+        return np.asarray(devices).reshape(sizes)  # fake devices have no links to respect
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices=devices)
+    except NotImplementedError:  # an axis must take a part of one of the torus's
+        return mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
 
 
 def start_distributed(

@@ -55,6 +55,10 @@ def test_alibi_slopes():
 def naive(q, k, v, kind, window, segments, prefix, slopes, softcap):
     """Attention in float64, one query, head and sequence at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    # looked up one by one, which in a JAX array is a program each
+    segments, prefix, slopes = (
+        x if x is None else np.asarray(x) for x in (segments, prefix, slopes)
+    )
     batch, length, heads, width = q.shape
     groups = heads // k.shape[1]
     out = np.zeros_like(q)

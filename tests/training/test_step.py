@@ -10,7 +10,7 @@ import pytest
 
 from llm.models.config import ComputeConfig, TransformerConfig
 from llm.models.transformer import Transformer, logical_axes
-from llm.parallel.config import MeshConfig
+from llm.parallel.config import MESH_AXES, MeshConfig
 from llm.parallel.mesh import make_mesh
 from llm.training.config import OptimizerConfig, ScheduleConfig
 from llm.training.loss import make_causal_lm_loss
@@ -51,7 +51,7 @@ def make_batch(step=0):
 
 @functools.cache
 def trainer(mesh_config=ONE_DEVICE, optimizer_config=ADAMW, **kwargs):
-    sizes = [getattr(mesh_config, f.name) for f in dataclasses.fields(mesh_config)]
+    sizes = [getattr(mesh_config, axis) for axis in MESH_AXES]
     mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(sizes))])
     model = Transformer(MODEL, ComputeConfig())
     optimizer = make_optimizer(optimizer_config, logical_axes(model))
