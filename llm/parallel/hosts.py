@@ -64,13 +64,12 @@ def place_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
                 f"a batch of {size} does not divide over the {parts} devices of mesh.data × "
                 "mesh.fsdp × mesh.expert × mesh.pipeline; choose another batch or mesh"
             )
-    for length in {np.shape(x)[1] for x in batch.values() if np.ndim(x) > 1}:
-        if length % stretches:
-            raise ValueError(
-                f"rows of {length} do not divide over mesh.context={stretches} devices; choose "
-                "another length or mesh"
-            )
-    shardings = {name: batch_sharding(mesh, np.ndim(x)) for name, x in batch.items()}
+    if "tokens" in batch and batch["tokens"].shape[1] % stretches:
+        raise ValueError(
+            f"rows of {batch['tokens'].shape[1]} do not divide over mesh.context={stretches} "
+            "devices; choose another length or mesh"
+        )
+    shardings = {name: batch_sharding(mesh, np.shape(x)) for name, x in batch.items()}
     if jax.process_count() == 1:
         return jax.device_put(batch, shardings)  # sooner than one by one
     return {name: _place(np.asarray(x), shardings[name], mesh) for name, x in batch.items()}

@@ -110,7 +110,12 @@ def make_shardings(mesh: Mesh, axes_tree, shapes_tree):
     )
 
 
-def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """Return the sharding of a batch array: sequences on axis 0, positions on axis 1."""
-    names = ("activation_batch", "activation_length")[:ndim]
+def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Return the sharding of a batch array: sequences on axis 0, positions on axis 1.
+
+    An axis 1 that the context axis does not divide stays whole: it counts no positions.
+    """
+    names: tuple[str | None, ...] = ("activation_batch", "activation_length")[: len(shape)]
+    if len(shape) > 1 and shape[1] % ways(mesh, "activation_length"):
+        names = ("activation_batch", None)
     return NamedSharding(mesh, partition_spec(names))

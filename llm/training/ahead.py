@@ -63,7 +63,7 @@ def abstract_batch(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a packed batch and where they lie."""
     shapes = batch_shapes(num_sequences, length_tokens)
-    rows = {name: _placed(x, batch_sharding(mesh, 2)) for name, x in shapes.items()}
+    rows = {name: _placed(x, batch_sharding(mesh, x.shape)) for name, x in shapes.items()}
     replicated = NamedSharding(mesh, PartitionSpec())
     return rows | {"cursor": jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated)}
 
