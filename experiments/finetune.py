@@ -20,6 +20,7 @@ from experiments.run_flags import PROFILE, WORKDIR, start_processes
 from llm.data.pipeline import data_digests, make_training_batches, num_truncated, rows_per_epoch
 from llm.data.prepare import prepare
 from llm.models.adapters import adapt_params
+from llm.models.on_mesh import check_on_mesh
 from llm.models.transformer import Transformer, logical_axes, param_shapes
 from llm.parallel.hosts import host_share
 from llm.parallel.mesh import make_mesh
@@ -45,6 +46,7 @@ def finetune(config: FinetuneConfig, workdir: str) -> None:
 
     # Mesh
     mesh = make_mesh(config.mesh)
+    check_on_mesh(start.config, config.compute, mesh)
 
     # Data
     tokenizer = start.tokenizer

@@ -17,6 +17,7 @@ from experiments.loading import Start, load_model, load_start
 from experiments.run_flags import PROFILE, WORKDIR, start_processes
 from llm.data.comparisons import ComparisonBatches, spread
 from llm.models.adapters import adapt_params
+from llm.models.on_mesh import check_on_mesh
 from llm.models.transformer import Transformer, logical_axes, param_shapes
 from llm.parallel.hosts import host_share, place_batch
 from llm.parallel.mesh import make_mesh
@@ -42,6 +43,7 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
 
     # Mesh
     mesh = make_mesh(config.mesh)
+    check_on_mesh(start.config, config.compute, mesh)
 
     # Data
     pairs_only = config.preference.method != "kto"  # which learns from single thumbs, too

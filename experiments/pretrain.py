@@ -18,6 +18,7 @@ from experiments.run_flags import PROFILE, WORKDIR, start_processes
 from llm.data.pipeline import data_digests, make_training_batches
 from llm.data.prepare import prepare
 from llm.data.tokenizer_training import make_tokenizer
+from llm.models.on_mesh import check_on_mesh
 from llm.models.transformer import Transformer, logical_axes
 from llm.parallel.hosts import host_share
 from llm.parallel.mesh import make_mesh
@@ -40,6 +41,7 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
 
     # Mesh
     mesh = make_mesh(config.mesh)
+    check_on_mesh(config.model, config.compute, mesh)
 
     # Model
     model = Transformer(config.model, config.compute)

@@ -24,6 +24,7 @@ from experiments.run_flags import PROFILE, WORKDIR, start_processes
 from llm.data.comparisons import ComparisonBatches, EncodedFeedback, spread
 from llm.evaluation.preferences import PreferenceReport, compare_pairs, report_preferences
 from llm.models.adapters import adapt_params
+from llm.models.on_mesh import check_on_mesh
 from llm.models.scalar import ScalarModel
 from llm.models.transformer import logical_axes, param_shapes
 from llm.parallel.hosts import host_share, place_batch
@@ -51,6 +52,7 @@ def train_reward(config: RewardModelConfig, workdir: str) -> None:
 
     # Mesh
     mesh = make_mesh(config.mesh)
+    check_on_mesh(model_config, config.compute, mesh)
 
     # Data
     pairs_only = config.tie_threshold == 0

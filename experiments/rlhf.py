@@ -25,6 +25,7 @@ from llm.data.pipeline import data_digests, make_training_batches
 from llm.data.prepare import prepare
 from llm.data.tokenizers import Tokenizer
 from llm.models.adapters import adapt_params
+from llm.models.on_mesh import check_on_mesh
 from llm.models.scalar import ScalarModel
 from llm.models.transformer import Transformer, logical_axes, param_shapes
 from llm.parallel.hosts import host_share, local_rows, place_batch
@@ -63,6 +64,7 @@ def rlhf(
 
     # Mesh
     mesh = make_mesh(config.mesh)
+    check_on_mesh(start.config, config.compute, mesh)
 
     # Prompts and rewards
     prompts = load_prompts(

@@ -188,7 +188,7 @@ class ComputeConfig:
     remat: Literal["none", "full", "dots", "dots_with_no_batch", "attention"] = "none"
     unroll_layers: bool = True  # faster to run when small; rolled compiles fast at depth
     # With mesh.pipeline > 1: stretches of layers a stage, and parts of a batch that follow each
-    # other through the stages (None: two a stage). See llm/models/pipeline.py.
+    # other through the stages (None: two a stage, or one). See llm/models/pipeline.py.
     pipeline_repeats: int = 1
     pipeline_microbatches: int | None = None
     # On GPUs: kernels that give the same bits each time, none chosen by trying them out, as bitwise

@@ -10,6 +10,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from llm.models.on_mesh import check_heads
 from llm.parallel.rules import constrain, ways_in_force
 
 _QUERY_AXES = ("activation_batch", None, "activation_whole_row_heads", "activation_head_dim")
@@ -33,16 +34,7 @@ def whole_rows(
     length, num_heads, num_kv = query.shape[1], query.shape[2], key.shape[1]
     if stretches == 1 or length != key.shape[2] or length % stretches:
         return query, key, value  # one token that is decoded is not split
-    check_heads(num_heads, devices)
+    check_heads(num_heads, devices, stretches)
     repeats = devices // math.gcd(devices, num_kv)
     key, value = (jnp.repeat(x, repeats, axis=1) for x in (key, value))
     return constrain(query, *_QUERY_AXES), constrain(key, *_KEY_AXES), constrain(value, *_KEY_AXES)
-
-
-def check_heads(num_heads: int, devices: int) -> None:
-    """Raise a ValueError unless that many devices can share the query heads evenly."""
-    if num_heads % devices:
-        raise ValueError(
-            f"mesh.tensor × mesh.context = {devices} devices cannot share {num_heads} heads; "
-            "choose axes whose product divides them"
-        )

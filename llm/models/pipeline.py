@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llm.models.config import ComputeConfig
+from llm.models.on_mesh import check_stages
 from llm.parallel.rules import constrain, inside_stage, partition_spec, ways_in_force
 
 Tree = Any
@@ -51,11 +52,13 @@ def run_pipeline(
       ValueError: batch or layers cannot be cut as `compute` asks.
     """
     stages, repeats = num_stages(), compute.pipeline_repeats
-    turns_of = compute.pipeline_microbatches or 2 * stages
-    _check(x.shape[0], jax.tree.leaves(params)[0].shape[0], stages, repeats, turns_of)
+    check_stages(jax.tree.leaves(params)[0].shape[0], stages, compute)
+    microbatches = _microbatches(x.shape[0], stages, compute.pipeline_microbatches)
     params = jax.tree.map(lambda leaf, names: _by_stage(leaf, names, stages, repeats), params, axes)
     with inside_stage():
-        waiting, inputs = (jax.tree.map(lambda leaf: _cut(leaf, turns_of), t) for t in (x, inputs))
+        waiting, inputs = (
+            jax.tree.map(lambda leaf: _cut(leaf, microbatches), t) for t in (x, inputs)
+        )
         waiting = _on_stages(jnp.broadcast_to(waiting, (stages, *waiting.shape)))
         waiting, reports = _turns(stage, params, waiting, inputs, repeats)
     # the first stage has them: a sum over stages that leaves each a part of the rows
@@ -139,21 +142,15 @@ def _by_cycle(report: jax.Array, counted: jax.Array) -> jax.Array:
     return summed.reshape(-1, *report.shape[3:])
 
 
-def _check(batch: int, cycles: int, stages: int, repeats: int, microbatches: int) -> None:
-    if cycles % (stages * repeats):
-        raise ValueError(
-            f"mesh.pipeline={stages} × compute.pipeline_repeats={repeats} do not divide the "
-            f"model's {cycles} repetitions of model.cycle_layers"
-        )
-    if microbatches < stages:
-        raise ValueError(
-            f"compute.pipeline_microbatches={microbatches}: at least mesh.pipeline={stages}, or "
-            "stages wait for each other"
-        )
+def _microbatches(batch: int, stages: int, asked: int | None) -> int:
+    """Return into how many microbatches to cut a batch: as asked, or two a stage, or one."""
     with inside_stage():
-        rows = microbatches * ways_in_force("activation_batch")
-    if batch % rows:
-        raise ValueError(
-            f"a batch of {batch} sequences does not divide into compute.pipeline_microbatches="
-            f"{microbatches} over the mesh, {rows} parts in all; choose another batch or number"
-        )
+        ways = ways_in_force("activation_batch")
+    for number in (2 * stages, stages) if asked is None else (asked,):
+        if batch % (number * ways) == 0:
+            return number
+    raise ValueError(
+        f"a batch of {batch} sequences does not divide into {number} microbatches "
+        f"(compute.pipeline_microbatches={asked}) over {ways} devices each; choose another batch, "
+        "number or mesh"
+    )
