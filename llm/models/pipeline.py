@@ -9,6 +9,7 @@ One program for all stages: stages are an axis of the arrays, which the mesh spl
 with a shift along it, the only communication within a pass.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,9 +57,8 @@ def run_pipeline(
     microbatches = _microbatches(x.shape[0], stages, compute.pipeline_microbatches)
     params = jax.tree.map(lambda leaf, names: _by_stage(leaf, names, stages, repeats), params, axes)
     with inside_stage():
-        waiting, inputs = (
-            jax.tree.map(lambda leaf: _cut(leaf, microbatches), t) for t in (x, inputs)
-        )
+        cut = functools.partial(_cut, microbatches=microbatches)
+        waiting, inputs = cut(x), jax.tree.map(cut, inputs)
         waiting = _on_stages(jnp.broadcast_to(waiting, (stages, *waiting.shape)))
         waiting, reports = _turns(stage, params, waiting, inputs, repeats)
     # the first stage has them: a sum over stages that leaves each a part of the rows
