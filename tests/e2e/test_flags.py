@@ -213,7 +213,14 @@ def test_help_shows_the_experiment_and_its_flags(folder):
         assert flag in text
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+# they share the entry that reads flags: two that import little and much stand for the others
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        pytest.param(name, marks=[] if name in ("fit", "speedrun") else [pytest.mark.long])
+        for name in EXPERIMENTS
+    ],
+)
 def test_every_experiment_refuses_a_misspelt_flag(experiment):
     command = [sys.executable, "-m", f"experiments.{experiment}", "--wrkdirr=x"]
     environment = os.environ | {"JAX_PLATFORMS": "none"}  # starting JAX's backend would fail

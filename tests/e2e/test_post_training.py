@@ -79,13 +79,11 @@ def whole(folder):
 
 
 @pytest.mark.slow
-# The stages share Run; two stand for the others here, benchmarks/faults.py kills them all.
+# The stages share Run; one stands for the others here, benchmarks/faults.py kills them all.
 @pytest.mark.parametrize(
     "stage",
     [
-        stage
-        if stage in ("finetune", "rlhf_dynamic")
-        else pytest.param(stage, marks=pytest.mark.long)
+        stage if stage == "rlhf_dynamic" else pytest.param(stage, marks=pytest.mark.long)
         for stage in ORDER
     ],
 )

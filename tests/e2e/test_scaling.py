@@ -114,6 +114,7 @@ def test_every_evaluation_of_every_run_is_a_row(whole):
     assert len(by_unique) == 2
 
 
+@pytest.mark.long
 def test_a_member_is_its_single_run(whole, recipe):
     """Through the entry points: `experiments.pretrain` with the member's config."""
     config = load_config(str(recipe), [], ScalingConfig)

@@ -65,6 +65,7 @@ def digests(rows):
     return {row["step"]: row["state_digest"] for row in rows}
 
 
+@pytest.mark.long
 def test_pretraining_on_a_store_is_stopped_and_gone_on_with_bitwise(folder):
     config = f"--config={folder / 'recipes.py'}:pretrain"
     store = ON_STORE.format(file=str(folder / "store.pickle"))

@@ -261,6 +261,7 @@ def test_scores_of_all_examples_together_by_hand(parts, write):
     assert (score.value, score.random) == (pytest.approx(math.log(0.4)), None)
 
 
+@pytest.mark.long
 def test_smollm2_knows_some_capitals(write):
     try:
         smollm2_file()

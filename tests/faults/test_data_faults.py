@@ -53,6 +53,7 @@ def test_a_shard_overwritten_in_the_middle_of_a_run_stops_it(folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_shard_removed_in_the_middle_of_a_run_is_read_on_and_then_missed(folder, tmp_path):
     path, good = shard(folder), shard(folder).read_bytes()
     broken(folder, f"os.remove({str(path)!r})", tmp_path / "run", expect=0)

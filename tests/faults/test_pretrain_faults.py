@@ -55,6 +55,7 @@ m.hash_files = slow
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_more_signals_in_the_middle_of_the_last_save_are_safe(folder):
     workdir = folder / "pretrain_preempted"
     child = start("pretrain", folder, workdir, *FLAGS, patch=SLOW_SAVES)

@@ -164,6 +164,7 @@ l.Batches.__next__ = hang
 """
 
 
+@pytest.mark.long
 def test_whoever_dies_or_hangs_is_named(folder):
     workdir = folder / "faults"
     timeout = f"--config.run.hang_timeout_seconds={HANG_SECONDS}"

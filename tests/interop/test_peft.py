@@ -45,7 +45,9 @@ def their_logits(model):
         return model(torch.tensor(TOKENS)).logits.numpy()
 
 
-@pytest.mark.parametrize("targets", [("query", "out"), AdapterConfig().targets])
+@pytest.mark.parametrize(
+    "targets", [pytest.param(("query", "out"), marks=pytest.mark.long), AdapterConfig().targets]
+)
 def test_peft_reads_our_adapter(base, targets, tmp_path):
     directory, theirs = base
     loaded = load_huggingface(directory)

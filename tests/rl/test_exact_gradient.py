@@ -134,7 +134,7 @@ def relative_error(found, exact):
     return float(jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.long), 0.7])
 @pytest.mark.parametrize(
     "name, place",
     [
@@ -154,7 +154,9 @@ def test_the_expected_update_is_the_exact_gradient(name, place, temperature):
 WITHOUT_EOS = ALL.mask * (ALL.tokens != EOS)
 
 
-@pytest.mark.parametrize("name", ["ppo", "reinforce", "rloo"])
+@pytest.mark.parametrize(
+    "name", ["ppo", *(pytest.param(name, marks=pytest.mark.long) for name in ("reinforce", "rloo"))]
+)
 @pytest.mark.parametrize(
     "mistake",
     [

@@ -65,8 +65,15 @@ def test_trainer_and_sampler_agree_at_a_temperature(group):
         check_gap(float("nan"), 3, ROLLOUT)
 
 
-@pytest.mark.parametrize("adapter", [AdapterConfig(), AdapterConfig(rank=2)])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(
+    "remat, adapter",
+    [
+        ("none", AdapterConfig()),
+        ("full", AdapterConfig(rank=2)),
+        pytest.param("full", AdapterConfig(), marks=pytest.mark.long),
+        pytest.param("none", AdapterConfig(rank=2), marks=pytest.mark.long),
+    ],
+)
 def test_a_prompt_read_once_for_its_group_has_the_gradient_of_whole_rows(remat, adapter):
     trainer = Trainer(AlgorithmConfig(name="grpo"), adapter=adapter)
     rollout = host(trainer.collect().rollout)
@@ -116,7 +123,7 @@ def test_gradient_accumulation_changes_nothing(name, minibatches):
         )
 
 
-@pytest.mark.parametrize("name", ["rloo", "grpo"])
+@pytest.mark.parametrize("name", [pytest.param("rloo", marks=pytest.mark.long), "grpo"])
 def test_equal_rewards_teach_nothing(name):
     algorithm = AlgorithmConfig(name=name, missing_eos_penalty=0.0, group_std=name == "grpo")
     trainer = Trainer(algorithm, kl=KLConfig(coefficient=0.0))
@@ -126,7 +133,9 @@ def test_equal_rewards_teach_nothing(name):
     assert metrics["train/grad_norm"] == 0.0 and metrics["train/skipped_in_a_row"] == 0
 
 
-@pytest.mark.parametrize("name, minibatches", [("adamw", 1), ("muon", 2)])
+@pytest.mark.parametrize(
+    "name, minibatches", [pytest.param("adamw", 1, marks=pytest.mark.long), ("muon", 2)]
+)
 def test_a_batch_that_is_all_masked_leaves_the_parameters(name, minibatches):
     """And the optimizer, whose momentum and decay would move on by themselves."""
     algorithm = AlgorithmConfig(
@@ -203,6 +212,7 @@ def test_a_step_is_a_function_of_its_state_and_compiles_once(caplog):
     assert same(one.state, other.state)
 
 
+@pytest.mark.long
 def test_meshes_agree():
     algorithm = dataclasses.replace(PPO, minibatches=2)
     single = Trainer(algorithm, rate=1.0, epsilon=LINEAR)

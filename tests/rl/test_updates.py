@@ -59,7 +59,14 @@ def plain_log_probs(trainer, params, rollout):
     return found[:, -rollout.mask.shape[1] :] * rollout.mask
 
 
-@pytest.mark.parametrize("place, parts", [("loss_k2", 1), ("loss_k2", 2), ("loss_k3", 1)])
+@pytest.mark.parametrize(
+    "place, parts",
+    [
+        ("loss_k2", 2),
+        pytest.param("loss_k2", 1, marks=pytest.mark.long),
+        pytest.param("loss_k3", 1, marks=pytest.mark.long),
+    ],
+)
 def test_a_divergence_in_the_loss_is_divided_as_the_rewards_are(place, parts):
     beta = 20.0
     kl = KLConfig(coefficient=beta, place=place)
@@ -78,7 +85,9 @@ def test_a_divergence_in_the_loss_is_divided_as_the_rewards_are(place, parts):
     assert error(change(trainer), expected) < 1e-3
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_sum"])
+@pytest.mark.parametrize(
+    "aggregation", [pytest.param("token_mean", marks=pytest.mark.long), "sequence_sum"]
+)
 def test_k2_in_the_loss_costs_what_k1_in_the_reward_does(aggregation):
     """Response by response, while there is no baseline: β·k1·∇log π is the gradient of β·k1²/2."""
     algorithm = dataclasses.replace(REINFORCE, aggregation=aggregation)
@@ -119,7 +128,7 @@ def test_text_beside_the_rewards_adds_its_gradient():
     assert error(both, text) > 0.1 and error(both, rewards) > 0.1
 
 
-@pytest.mark.parametrize("name", ["rloo", "grpo"])
+@pytest.mark.parametrize("name", ["rloo", pytest.param("grpo", marks=pytest.mark.long)])
 def test_a_group_of_equal_scores_teaches_nothing_beside_another(name):
     """Whatever tokens such a group has, the update is the same."""
     algorithm = AlgorithmConfig(name=name, missing_eos_penalty=0.0)

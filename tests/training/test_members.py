@@ -109,7 +109,11 @@ def alone(optimizer: OptimizerConfig, member: Member, steps: int = STEPS):
 
 
 @pytest.mark.parametrize(
-    "name, index", [*(("adamw", i) for i in range(2, len(MEMBERS))), ("muon", 2)]
+    "name, index",
+    [
+        ("muon", 2),
+        *(pytest.param("adamw", i, marks=pytest.mark.long) for i in range(2, len(MEMBERS))),
+    ],
 )
 def test_each_member_is_its_single_run(name, index):
     optimizer = OptimizerConfig(name=name, learning_rate=1e-2, adam_learning_rate=1e-2)
@@ -126,6 +130,7 @@ def test_each_member_is_its_single_run(name, index):
     jax.tree.map(close, member.params, state.params)
 
 
+@pytest.mark.long
 def test_later_each_member_still_learns_as_its_single_run():
     # Rounding has grown by then: what is left is the mean loss, far nearer than two seeds'.
     optimizer = OptimizerConfig(learning_rate=1e-2, adam_learning_rate=1e-2)

@@ -79,7 +79,7 @@ def alone(chat, template):
     }
 
 
-@pytest.mark.parametrize("template", ["own", "lines"])
+@pytest.mark.parametrize("template", ["own", pytest.param("lines", marks=pytest.mark.long)])
 def test_packed_is_the_sum_of_unpacked(tmp_path, template):
     tokenizer = byte_tokenizer()
     if template == "lines":

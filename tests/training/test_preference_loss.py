@@ -225,7 +225,13 @@ def test_losses_are_means_over_prompts_of_their_papers_equations(method):
     assert metrics["train/loss"] == pytest.approx(expected, rel=2e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        method if method in ("dpo", "kto") else pytest.param(method, marks=pytest.mark.long)
+        for method in METHODS
+    ],
+)
 def test_preference_steps_are_the_same_in_parts(method):
     whole, whole_metrics = prefer(method, policy_seed=1, count_steps=2)
     parts, parts_metrics = prefer(method, policy_seed=1, count_steps=2, accumulate_steps=2)
@@ -330,7 +336,7 @@ def test_the_reward_loss_is_bradley_and_terrys_over_all_pairs(eta):
     assert metrics["train/prompts"] == 6
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.3])
+@pytest.mark.parametrize("eta", [pytest.param(0.0, marks=pytest.mark.long), 0.3])
 def test_reward_steps_are_the_same_in_parts(eta):
     loss_fn, params = make_reward_loss(REWARD, tie_threshold=eta), params_of(REWARD, 0)
     whole = steps(REWARD, loss_fn, FEEDBACK, params, count_steps=2)

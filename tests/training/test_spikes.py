@@ -109,7 +109,9 @@ def test_a_spike_rewinds_and_leaves_its_batches_out(whole):
     assert all(not report.problems for report in verify(workdir))
 
 
-@pytest.mark.parametrize("stop_after", [20, 21, 22])
+@pytest.mark.parametrize(
+    "stop_after", [21, *(pytest.param(step, marks=pytest.mark.long) for step in (20, 22))]
+)
 def test_a_run_stopped_around_the_spike_is_the_same(whole, tmp_path, stop_after):
     train(tmp_path, stop_after=stop_after)
     train(tmp_path)

@@ -82,8 +82,8 @@ def run(steps, *args, state=None, start=0, **kwargs):
 @pytest.mark.parametrize(
     "mesh",
     [
-        MeshConfig(data=8),
-        MeshConfig(data=1, fsdp=8),
+        pytest.param(MeshConfig(data=8), marks=pytest.mark.long),
+        pytest.param(MeshConfig(data=1, fsdp=8), marks=pytest.mark.long),
         MeshConfig(data=2, fsdp=2, tensor=2),
         MeshConfig(data=2, context=4),
     ],

@@ -126,7 +126,13 @@ def changed(before, after):
     return jax.tree.map(lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), before, after)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion", "adafactor"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "muon",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("adamw", "lion", "adafactor")),
+    ],
+)
 def test_frozen_parameters_stay_bitwise_and_cost_no_optimizer_state(optimizer):
     config = TrainableConfig(freeze=("layers/3/*", "embedder/*"))
     before, state, _ = train(3, config, name=optimizer)
@@ -149,7 +155,9 @@ def test_rates_scale_the_updates():
     np.testing.assert_allclose(moved["prefix_0"]["mlp"]["up"]["kernel"], 1e-3 / 32, rtol=1e-2)
 
 
-@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+@pytest.mark.parametrize(
+    "quantize", ["nf4", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("none", "int8"))]
+)
 def test_an_adapter_trains_its_factors_alone(quantize):
     adapter = AdapterConfig(rank=2, quantize=quantize, block=8)
     before, state, metrics = train(3, TrainableConfig(), adapter=adapter, ema=0.9)
