@@ -19,7 +19,7 @@ def unstacked(model: Transformer) -> Transformer:
 
 
 def unstack(model: Transformer, params: dict) -> dict:
-    """Return the parameters of `unstacked(model)`, in the compute dtype and gathered over fsdp.
+    """Return the parameters of `unstacked(model)` in the compute dtype, each whole but for tensor.
 
     Norms and quantised kernels keep their types, as in the model itself. To be called once, before
     a loop over tokens; of an unstacked model the parameters come back as they are. NumPy arrays
@@ -49,4 +49,4 @@ def _keeps_type(path) -> bool:
 
 
 def _gather(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    return constrain(x, *(None if name == "embed" else name for name in axes))
+    return constrain(x, *(None if name in ("embed", "layers") else name for name in axes))

@@ -79,18 +79,9 @@ def run(steps, *args, state=None, start=0, **kwargs):
     return state, losses, metrics
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        pytest.param(MeshConfig(data=8), marks=pytest.mark.long),
-        pytest.param(MeshConfig(data=1, fsdp=8), marks=pytest.mark.long),
-        MeshConfig(data=2, fsdp=2, tensor=2),
-        MeshConfig(data=2, context=4),
-    ],
-    ids=str,
-)
-def test_every_mesh_trains_as_one_device(mesh):
-    state, losses, metrics = run(3, mesh)
+def test_a_mesh_trains_as_one_device_in_float32():
+    """All meshes, in float64: tests/parallel/test_meshes.py."""
+    state, losses, metrics = run(3, MeshConfig(data=2, fsdp=2, tensor=2))
     reference, reference_losses, reference_metrics = run(3)
     np.testing.assert_allclose(losses, reference_losses, rtol=2e-6)
     np.testing.assert_allclose(
