@@ -1,4 +1,4 @@
-"""Which collectives a compiled program runs, over which mesh axes, and what they move. Ground floor."""
+"""Which collectives a compiled program runs, over which mesh axes, moving what. Ground floor."""
 
 import dataclasses
 import math
@@ -138,7 +138,8 @@ def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
     Raises:
       ValueError: a notation that is none of these.
     """
-    found = re.search(r"replica_groups=(.*?)(?:, use_global_device_ids|, dimensions=|, channel|$)", attributes)  # fmt: skip
+    end = "(?:, use_global_device_ids|, dimensions=|, channel|$)"
+    found = re.search(f"replica_groups=(.*?){end}", attributes)
     text = found[1] if found else "{}"
     if text.startswith("mesh["):
         return _groups_of_axes(text)

@@ -108,10 +108,8 @@ class Program:
                     called = _NAME.findall(instruction.attribute(r"\bbody=(%[\w.\-]+)") or "")
                     turns = self._turns(instruction, (*callers, (computation, instruction)))
                 case "conditional":
-                    called = _NAME.findall(
-                        instruction.attribute(r"branch_computations=\{([^}]*)\}")
-                        or " ".join(re.findall(r"(?:true|false)_computation=(%\S+)", instruction.attributes))
-                    )  # fmt: skip
+                    branches = r"(?:branch_computations=\{|true_computation=)([^}]*)"
+                    called = _NAME.findall(instruction.attribute(branches) or "")
                 case "fusion" | "async-start":
                     called = _NAME.findall(instruction.attribute(r"\bcalls=(%[\w.\-]+)") or "")
                 case "call":
