@@ -17,9 +17,9 @@ from configs.schema import EmergenceConfig, PretrainConfig, ScalingConfig, Speed
 from experiments import entry
 from experiments.plan_report import candidates_text, describe, plan_text, programs_text
 from experiments.plan_search import best_overrides, search
+from experiments.plan_step import DoesNotFit, compile_step, compiled, planned
 from llm.scaling.hardware import Slice, parse_slice
-from llm.scaling.plan import Plan, make_plan
-from llm.scaling.workload import Workload, mesh_sizes
+from llm.training.ahead import topology_devices
 
 _SLICE = flags.DEFINE_string("slice", None, "As v5e:16x16, v5p:8x8x8, h100:64.", required=True)
 _COMPILE = flags.DEFINE_boolean("compile", True, "Compile the step for the slice, if of TPUs.")
@@ -44,41 +44,11 @@ def main(config) -> None:
         entry.print_json(report)
 
 
-def workload_of(config: PretrainConfig) -> Workload:
-    """Return what a pretraining step is made of, as plans count it."""
-    return Workload(
-        model=config.model,
-        compute=config.compute,
-        optimizer=config.optimizer,
-        batch_sequences=config.data.batch_sequences,
-        length_tokens=config.data.length_tokens,
-        accumulate_steps=config.accumulate_steps,
-        loss_tile_tokens=config.loss_tile_tokens,
-    )
-
-
-def planned(config: PretrainConfig, where: Slice) -> Plan:
-    """Return the analytic plan of a pretraining step."""
-    sizes = mesh_sizes(config.mesh.sizes(where.num_chips))
-    return make_plan(workload_of(config), sizes, where)
-
-
-def compiled(config: PretrainConfig, where: Slice):
-    """Return what the compiler says of a pretraining step, and the mesh it was compiled for."""
-    from experiments.plan_programs import compile_step, lower_pretraining
-    from llm.training.ahead import topology_devices
-
-    lowered, mesh = lower_pretraining(config, topology_devices(where.topology, where.num_slices))
-    return compile_step(lowered, mesh)
-
-
 def plan_run(config: PretrainConfig, where: Slice) -> dict:
     """Print the plan of a run, and return it."""
     plan = planned(config, where)
     found, refused = None, None
     if _COMPILE.value and where.topology:
-        from experiments.plan_programs import DoesNotFit
-
         try:
             found = compiled(config, where)
         except DoesNotFit as error:
@@ -96,8 +66,6 @@ def plan_search(config: PretrainConfig, where: Slice) -> dict:
         compile_it = _COMPILE.value and where.topology and len(reports) < _NUM_COMPILED.value
         found, refused = None, None
         if compile_it:
-            from experiments.plan_programs import DoesNotFit
-
             try:
                 found = compiled(candidate.config, where)
             except DoesNotFit as error:
@@ -111,13 +79,7 @@ def plan_search(config: PretrainConfig, where: Slice) -> dict:
 
 def plan_programs(config: ScalingConfig | EmergenceConfig, where: Slice) -> dict:
     """Print what the programs of a ladder's or a study's groups need, and return it."""
-    from experiments.plan_programs import (
-        DoesNotFit,
-        compile_step,
-        ladder_programs,
-        study_programs,
-    )
-    from llm.training.ahead import topology_devices
+    from experiments.plan_programs import ladder_programs, study_programs
 
     if not where.topology or not _COMPILE.value:
         raise ValueError("ladders and studies are planned by compiling them, for slices of TPUs")

@@ -1,6 +1,5 @@
-"""The training steps that `experiments.plan` compiles for devices that are not here."""
+"""The steps of ladders and studies, which `experiments.plan` compiles group by group."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,79 +10,10 @@ from configs.schema import EmergenceConfig, PretrainConfig, ScalingConfig
 from experiments.emergence import studies
 from experiments.ladder import groups_of, recipe_of
 from experiments.members import member_runs
-from llm.models.transformer import Transformer, logical_axes
-from llm.parallel.collectives import Collective, read_collectives
-from llm.parallel.mesh import make_mesh
-from llm.parallel.products import count_product_flops, kernel_calls
+from experiments.plan_step import lower_pretraining
 from llm.scaling.accounting import num_params
-from llm.training.ahead import ChipMemory, abstract_batch, abstract_state, batch_shapes, chip_memory
-from llm.training.loss import make_causal_lm_loss
+from llm.training.ahead import batch_shapes
 from llm.training.members import members_mesh
-from llm.training.optimizers import make_optimizer
-from llm.training.schedules import make_schedule
-from llm.training.state import state_shardings
-from llm.training.step import make_train_step
-
-
-class Compiled(NamedTuple):
-    """What the compiler says of a step, of one device."""
-
-    memory: ChipMemory
-    product_flops: float
-    kernels: dict[str, int]  # Pallas kernels, and how often a step calls each
-    collectives: list[Collective]
-    seconds: float  # that compiling took
-
-
-class DoesNotFit(ValueError):
-    """The compiler found no room for a step in a device's memory."""
-
-
-def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:
-    """Compile a step and read what came of it.
-
-    Raises:
-      DoesNotFit: the devices' memory is too small; with the compiler's own figures.
-    """
-    started = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise DoesNotFit(" ".join(str(error).split())[:300]) from error
-    text = compiled.as_text()
-    return Compiled(
-        chip_memory(compiled),
-        count_product_flops(text),
-        dict(kernel_calls(text)),
-        read_collectives(text, mesh),
-        time.perf_counter() - started,
-    )
-
-
-def lower_pretraining(
-    config: PretrainConfig, devices: Sequence[jax.Device]
-) -> tuple[jax.stages.Lowered, Mesh]:
-    """Return the training step of `experiments.pretrain`, lowered for the devices."""
-    model, mesh = Transformer(config.model, config.compute), make_mesh(config.mesh, devices)
-    ema = config.optimizer.ema_decay is not None
-    optimizer = make_optimizer(
-        config.optimizer, logical_axes(model), width_ratio=config.model.width_ratio
-    )
-    step = make_train_step(
-        make_causal_lm_loss(model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens),
-        optimizer,
-        config.optimizer,
-        make_schedule(
-            config.schedule, total_steps=config.num_steps, tokens_per_step=config.tokens_per_step
-        ),
-        state_shardings(model, optimizer, mesh, ema=ema),
-        mesh,
-        accumulate_steps=config.accumulate_steps,
-    )
-    batch = abstract_batch(mesh, config.data.batch_sequences, config.data.length_tokens)
-    return step.lower(abstract_state(model, optimizer, mesh, ema=ema), batch), mesh
 
 
 class Program(NamedTuple):

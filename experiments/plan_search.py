@@ -7,11 +7,12 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from configs.schema import PretrainConfig
 from experiments.plan_report import mesh_changes, overrides_text
+from experiments.plan_step import workload_of
 from llm.models.config import ComputeConfig
 from llm.parallel.config import MeshConfig
 from llm.scaling.hardware import Slice
 from llm.scaling.plan import Plan, make_plan
-from llm.scaling.workload import Workload, batch_parts, mesh_sizes
+from llm.scaling.workload import batch_parts, mesh_sizes
 
 REMAT = get_args(get_type_hints(ComputeConfig)["remat"])
 _MOST_TENSOR, _MOST_CONTEXT = 16, 16
@@ -38,7 +39,7 @@ def search(config: PretrainConfig, where: Slice) -> list[Candidate]:
     for sizes in _meshes(config, where):
         for changed in _variants(config, sizes):
             try:
-                plan = make_plan(_workload(changed), sizes, where)
+                plan = make_plan(workload_of(changed), sizes, where)
             except ValueError:  # the mesh divides the model or its batch in no such way
                 continue
             if plan.fits:
@@ -80,18 +81,6 @@ def changes(old: PretrainConfig, new: PretrainConfig) -> dict[str, Any]:
     if new.loss_tile_tokens != old.loss_tile_tokens:
         found["loss_tile_tokens"] = new.loss_tile_tokens
     return found
-
-
-def _workload(config: PretrainConfig) -> Workload:
-    return Workload(
-        config.model,
-        config.compute,
-        config.optimizer,
-        config.data.batch_sequences,
-        config.data.length_tokens,
-        config.accumulate_steps,
-        config.loss_tile_tokens,
-    )
 
 
 def _meshes(config: PretrainConfig, where: Slice) -> Iterator[dict[str, int]]:

@@ -111,7 +111,7 @@ def make_plan(workload: Workload, sizes: Sizes, where: Slice) -> Plan:
             memory=count_layer_memory_traffic(workload, sizes) / rate,
             update=update,
             network=network,
-            between=sum(s for axis, s in network.items() if wiring[axis].between_slices),
+            between=float(sum(s for a, s in network.items() if wiring[a].between_slices)),
         ),
         tokens=workload.tokens,
         peak_flops=chips * chip.peak_flops,

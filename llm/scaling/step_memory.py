@@ -7,7 +7,7 @@ rest the largest of three moments counts.
 
 import dataclasses
 
-from llm.scaling.traffic import loss_tiles
+from llm.scaling.traffic import is_muons, loss_tiles
 from llm.scaling.workload import (
     Sizes,
     Workload,
@@ -45,7 +45,7 @@ def count_step_memory(workload: Workload, sizes: Sizes, platform: str) -> StepMe
     """Return what a step holds on a device of "tpu" or "gpu"."""
     arrays, params = state_arrays(workload), param_arrays(workload)
     local = sum(a.size / a.parts(sizes) for a in params)
-    itemsize = 2 if workload.compute.dtype == "bfloat16" else 4
+    itemsize = workload.itemsize
     # Of a microbatch, in float32; and, where there are several, their sum. Beside them the layers'
     # parameters in the type that is computed in, made before the loop over layers.
     several = workload.accumulate_steps > 1
@@ -57,7 +57,7 @@ def count_step_memory(workload: Workload, sizes: Sizes, platform: str) -> StepMe
         activations=kept_bytes(workload, sizes, platform) + cast,
         loss=_loss_bytes(workload, sizes, itemsize) - 4 * local,  # whose gradients come later
         layer=_layer_bytes(workload, sizes, itemsize),
-        update=0.0,
+        update=_update_bytes(workload, sizes),
         batch=5 * 4 * workload.tokens / batch_parts(sizes) / sizes["context"],
     )
 
@@ -120,3 +120,16 @@ def _layer_bytes(workload: Workload, sizes: Sizes, itemsize: int) -> float:
     # scores, which takes a vector of lanes
     a_token = (heads + wide + 2 * config.width) * itemsize + 4 * _LANES * config.num_heads / g
     return 2 * whole * itemsize + tokens * a_token
+
+
+def _update_bytes(workload: Workload, sizes: Sizes) -> float:
+    """What Muon orthogonalises: the compiler gathers every matrix whole, in bfloat16, and works on
+    the largest stack of them at once; the parts of the update between its steps are float32. Other
+    optimizers work in place."""
+    if workload.optimizer.name != "muon":
+        return 0.0
+    matrices = [array for array in param_arrays(workload) if is_muons(array)]
+    largest = max(array.size for array in matrices)
+    gathered = sum(array.size for array in matrices if array.parts(sizes) > 1)
+    local = sum(array.size / array.parts(sizes) for array in matrices)
+    return 2 * (gathered + largest) + 4 * 4 * local

@@ -6,21 +6,20 @@ compiler may do more.
 """
 
 import dataclasses
-import math
 from collections import Counter
 
 from llm.models.config import TransformerConfig
-from llm.scaling.accounting import count_flops, training_flops_per_token
 from llm.scaling.workload import (
     Sizes,
     StateArray,
     Workload,
     batch_parts,
+    cached_flops,
+    cached_training_flops,
     param_arrays,
     state_arrays,
 )
 
-_HALF = 2  # bytes of a bfloat16 number
 _SPLASH_BLOCK = 512
 
 
@@ -41,8 +40,8 @@ class Work:
 def count_work(workload: Workload, sizes: Sizes) -> Work:
     """Return the FLOPs of a step."""
     config, length = workload.model, workload.length_tokens
-    flops = count_flops(config, length)
-    whole = count_flops(config, length, causal_half=False)
+    flops = cached_flops(config, length)
+    whole = cached_flops(config, length, causal_half=False)
     again = _repeated_projections(workload)
     per_token = flops.projections * (3 + again) + flops.head * 3
     remat = workload.compute.remat
@@ -51,7 +50,7 @@ def count_work(workload: Workload, sizes: Sizes) -> Work:
     runs = 1.0 + 3.5 + (remat != "none")
     attention = runs * whole.attention * _visited_share(config, length)
     return Work(
-        model=training_flops_per_token(config, length) * workload.tokens,
+        model=cached_training_flops(config, length) * workload.tokens,
         products=per_token * workload.tokens,
         attention=attention * workload.tokens,
         optimizer=_muon_flops(workload) if workload.optimizer.name == "muon" else 0.0,
@@ -98,22 +97,22 @@ def _visited_share(config: TransformerConfig, length: int) -> float:
     return sum(shares) / len(shares)
 
 
+def is_muons(array: StateArray) -> bool:
+    """Whether Muon updates a parameter: a matrix inside a layer (llm/training/optimizers.py)."""
+    matrix = array.name.endswith("kernel") and "embed" in array.names
+    return matrix and "vocab" not in array.names
+
+
 def _muon_flops(workload: Workload) -> float:
-    """Five Newton–Schulz steps of a matrix of m rows and n ≥ m columns: 4·m²·n + 2·m³ each."""
+    """Five Newton–Schulz steps of a matrix of m rows and n ≥ m columns: 4·m²·n + 2·m³ each.
+
+    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; optax.contrib.muon's default.
+    """
     total = 0.0
-    for array in param_arrays(workload):
-        if (
-            not array.name.endswith("kernel")
-            or "embed" not in array.names
-            or "vocab" in array.names
-        ):
-            continue
-        stack = math.prod(
-            n for n, a in zip(array.shape, array.names, strict=True) if a in ("layers", "experts")
-        )
-        width = array.shape[array.names.index("embed")]
-        other = array.size // stack // width
-        m, n = min(width, other), max(width, other)
+    for array in filter(is_muons, param_arrays(workload)):
+        dims = dict(zip(array.names, array.shape, strict=True))
+        stack = dims.get("layers", 1) * dims.get("experts", 1)
+        m, n = sorted((dims["embed"], array.size // stack // dims["embed"]))
         total += stack * 5 * (4 * m * m * n + 2 * m**3)
     return total
 
@@ -125,6 +124,14 @@ def count_traffic(workload: Workload, sizes: Sizes) -> dict[str, float]:
     """Return the bytes that a device sends in a step along each mesh axis."""
     sent = Counter(_params_traffic(workload, sizes))
     sent.update(_activations_traffic(workload, sizes))
+    if workload.optimizer.name == "muon" and sizes["fsdp"] > 1:
+        # each of its five steps gathers the iterate twice, in bfloat16
+        size = sum(
+            a.size / a.parts(sizes, without=("fsdp",))
+            for a in param_arrays(workload)
+            if is_muons(a)
+        )
+        sent["fsdp"] += 5 * 2 * 2 * size * (sizes["fsdp"] - 1) / sizes["fsdp"]
     return {axis: sent[axis] for axis in sizes if sent[axis]}
 
 
@@ -142,7 +149,7 @@ def _params_traffic(workload: Workload, sizes: Sizes) -> dict[str, float]:
     micro, tiles = workload.accumulate_steps, loss_tiles(workload, sizes)
     f = sizes["fsdp"]
     for array in param_arrays(workload):
-        whole = _HALF * array.size / array.parts(sizes, without=("fsdp",))
+        whole = workload.itemsize * array.size / array.parts(sizes, without=("fsdp",))
         if f > 1 and any("fsdp" in axes for axes in array.axes):
             # Gathered for the forward and for the backward pass, its gradient scattered. The head:
             # gathered once a tile for both, and its gradient summed over all devices, of which
@@ -158,7 +165,7 @@ def _params_traffic(workload: Workload, sizes: Sizes) -> dict[str, float]:
         for axis in ("data", "expert", "context"):
             n = sizes[axis]
             if n > 1 and not any(axis in axes for axes in array.axes):
-                held = _HALF * array.size / array.parts(sizes)
+                held = workload.itemsize * array.size / array.parts(sizes)
                 sent[axis] += micro * 2 * held * (n - 1) / n
     return dict(sent)
 
@@ -171,7 +178,7 @@ def _activations_traffic(workload: Workload, sizes: Sizes) -> dict[str, float]:
     tokens = workload.tokens / batch_parts(sizes) / sizes["context"]
     layers = config.num_layers / stages
     again = workload.compute.remat in ("full", "attention")
-    stream = tokens * config.width * _HALF
+    stream = tokens * config.width * workload.itemsize
     g = sizes["tensor"]
     if g > 1:
         blocks = 1 if config.activation == "none" else 2
@@ -182,7 +189,7 @@ def _activations_traffic(workload: Workload, sizes: Sizes) -> dict[str, float]:
     c = sizes["context"]
     if c > 1:
         heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim / g
-        sent["context"] = (c - 1) / c * layers * (2 + again) * tokens * heads * _HALF
+        sent["context"] = (c - 1) / c * layers * (2 + again) * tokens * heads * workload.itemsize
     e, mixed = sizes["expert"], sum(kind.endswith("_moe") for kind in config.layer_kinds)
     if e > 1 and mixed:
         there_and_back = 2 * config.experts_per_token * stream
@@ -220,9 +227,11 @@ def count_layer_memory_traffic(workload: Workload, sizes: Sizes) -> float:
     out = config.num_heads * config.head_dim / g
     wide = config.mlp_width * (2 if config.gated else 1) / g
     a_token = (d + heads) + (heads + out) + (out + d) + (d + wide) + (wide + d)
-    activations = passes * tokens * a_token * _HALF * config.num_layers / sizes["pipeline"]
+    activations = (
+        passes * tokens * a_token * workload.itemsize * config.num_layers / sizes["pipeline"]
+    )
     weights = sum(
-        _HALF * array.size / array.parts(sizes, without=("fsdp",))
+        workload.itemsize * array.size / array.parts(sizes, without=("fsdp",))
         for array in param_arrays(workload)
         if "layers" in array.names
     )

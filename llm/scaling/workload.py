@@ -10,8 +10,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from llm.models.config import ComputeConfig, TransformerConfig
 from llm.models.transformer import Transformer, logical_axes
-from llm.parallel.config import MESH_AXES
+from llm.parallel.config import MESH_AXES, MeshConfig
+from llm.parallel.mesh import make_mesh
 from llm.parallel.rules import RULES
+from llm.scaling.accounting import count_flops, training_flops_per_token
 from llm.scaling.memory import count_activation_bytes
 from llm.training.ahead import abstract_state
 from llm.training.config import OptimizerConfig
@@ -36,6 +38,11 @@ class Workload:
     def tokens(self) -> int:
         """Positions of a global batch."""
         return self.batch_sequences * self.length_tokens
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the type that is computed in."""
+        return {"bfloat16": 2, "float32": 4, "float64": 8}[self.compute.dtype]
 
     def check(self, sizes: Sizes) -> None:
         """Check that a mesh divides the model and its batch.
@@ -103,7 +110,7 @@ def _state_arrays(
     model = Transformer(config, compute)
     axes = logical_axes(model)
     made = make_optimizer(optimizer, axes, width_ratio=config.width_ratio)
-    mesh = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])  # what cuts what is the same on all
     state = abstract_state(model, made, mesh, ema=optimizer.ema_decay is not None)
     names = dict(jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple)))
     found = []
@@ -130,6 +137,11 @@ def batch_parts(sizes: Sizes) -> int:
 def mesh_sizes(sizes: tuple[int, ...]) -> dict[str, int]:
     """Return sizes in MESH_AXES' order by the axes' names."""
     return dict(zip(MESH_AXES, sizes, strict=True))
+
+
+# Both trace the model, and a search asks for thousands of plans of one.
+cached_flops = functools.lru_cache(maxsize=64)(count_flops)
+cached_training_flops = functools.lru_cache(maxsize=64)(training_flops_per_token)
 
 
 @functools.lru_cache(maxsize=256)
