@@ -27,7 +27,7 @@ def describe(
         "mesh": {axis: size for axis, size in sizes.items() if size > 1},
         "accumulate_steps": config.accumulate_steps,
         "remat": config.compute.remat,
-        "fits": plan.fits and refused is None,
+        "fits": compiled is not None or (plan.fits and refused is None),  # the compiler knows
         "memory_gb": {"limit": plan.memory_bytes / GB, "total": plan.memory.total / GB}
         | {name: value / GB for name, value in dataclasses.asdict(plan.memory).items()},
         "flops_a_step": dataclasses.asdict(plan.work) | {"executed": plan.work.executed},

@@ -90,8 +90,9 @@ def make_plan(workload: Workload, sizes: Sizes, where: Slice) -> Plan:
     """
     wiring = wire_axes(where, sizes)
     workload.check(sizes)
-    work, sent = count_work(workload, sizes), count_traffic(workload, sizes)
     chip, chips = where.chip, where.num_chips
+    platform = "tpu" if chip.dimensions else "gpu"
+    work, sent = count_work(workload, platform), count_traffic(workload, sizes)
     compute = (work.products + work.attention) / chips / chip.peak_flops
     bubble = pipeline_bubble(workload, sizes)
     rate = chip.memory_bytes_per_second
@@ -101,7 +102,7 @@ def make_plan(workload: Workload, sizes: Sizes, where: Slice) -> Plan:
     )
     network = {axis: num_bytes / wiring[axis].bytes_per_second for axis, num_bytes in sent.items()}
     return Plan(
-        memory=count_step_memory(workload, sizes, "tpu" if chip.dimensions else "gpu"),
+        memory=count_step_memory(workload, sizes),
         memory_bytes=chip.memory_bytes,
         work=work,
         sent_bytes=sent,

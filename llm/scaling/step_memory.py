@@ -41,8 +41,8 @@ class StepMemory:
         return always + self.gradients + max(inside, self.update)
 
 
-def count_step_memory(workload: Workload, sizes: Sizes, platform: str) -> StepMemory:
-    """Return what a step holds on a device of "tpu" or "gpu"."""
+def count_step_memory(workload: Workload, sizes: Sizes) -> StepMemory:
+    """Return what a step holds on a device."""
     arrays, params = state_arrays(workload), param_arrays(workload)
     local = sum(a.size / a.parts(sizes) for a in params)
     itemsize = workload.itemsize
@@ -54,7 +54,7 @@ def count_step_memory(workload: Workload, sizes: Sizes, platform: str) -> StepMe
         params=sum(a.size * a.itemsize / a.parts(sizes) for a in params),
         optimizer=sum(a.size * a.itemsize / a.parts(sizes) for a in arrays if not a.names),
         gradients=(4 + 4 * several) * local,
-        activations=kept_bytes(workload, sizes, platform) + cast,
+        activations=kept_bytes(workload, sizes) + cast,
         loss=_loss_bytes(workload, sizes, itemsize) - 4 * local,  # whose gradients come later
         layer=_layer_bytes(workload, sizes, itemsize),
         update=_update_bytes(workload, sizes),
@@ -62,7 +62,7 @@ def count_step_memory(workload: Workload, sizes: Sizes, platform: str) -> StepMe
     )
 
 
-def kept_bytes(workload: Workload, sizes: Sizes, platform: str) -> float:
+def kept_bytes(workload: Workload, sizes: Sizes) -> float:
     """Return the activations kept for the backward pass, of all layers of a device.
 
     Traced: what a second cycle of layers adds to a first, of one sequence, with the heads and
@@ -81,7 +81,6 @@ def kept_bytes(workload: Workload, sizes: Sizes, platform: str) -> float:
             dataclasses.replace(local, prefix_layers=(), num_layers=n * len(config.cycle_layers)),
             compute,
             workload.length_tokens,
-            platform,
         )
         for n in (1, 2)
     )
@@ -115,7 +114,7 @@ def _layer_bytes(workload: Workload, sizes: Sizes, itemsize: int) -> float:
     whole = sum(a.size / a.parts(sizes, without=("fsdp",)) for a in layers) / config.num_cycles
     tokens = workload.tokens / workload.accumulate_steps / batch_parts(sizes) / sizes["context"]
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim / g
-    wide = config.mlp_width * (3 if config.gated else 2) / g
+    wide = workload.active_mlp_width * (3 if config.gated else 2) / g
     # what is projected, the stream and its gradient; the kernel's float32 sum of each row of
     # scores, which takes a vector of lanes
     a_token = (heads + wide + 2 * config.width) * itemsize + 4 * _LANES * config.num_heads / g

@@ -20,7 +20,8 @@ from llm.scaling.workload import (
     state_arrays,
 )
 
-_SPLASH_BLOCK = 512
+_SPLASH_BLOCK = 512  # llm/models/splash.py
+_FLASH_BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,24 +38,32 @@ class Work:
         return self.products + self.attention + self.optimizer
 
 
-def count_work(workload: Workload, sizes: Sizes) -> Work:
-    """Return the FLOPs of a step."""
+def count_work(workload: Workload, platform: str = "tpu") -> Work:
+    """Return the FLOPs of a step on "tpu" or "gpu"."""
     config, length = workload.model, workload.length_tokens
     flops = cached_flops(config, length)
-    whole = cached_flops(config, length, causal_half=False)
-    again = _repeated_projections(workload)
-    per_token = flops.projections * (3 + again) + flops.head * 3
-    remat = workload.compute.remat
-    # Splash: a forward of two products, a backward of seven (three for queries, four for keys and
-    # values, of which two each are the scores and their gradient).
-    runs = 1.0 + 3.5 + (remat != "none")
-    attention = runs * whole.attention * _visited_share(config, length)
+    per_token = flops.projections * (3 + _repeated_projections(workload)) + flops.head * 3
     return Work(
         model=cached_training_flops(config, length) * workload.tokens,
         products=per_token * workload.tokens,
-        attention=attention * workload.tokens,
+        attention=_attention_flops(workload, platform),
         optimizer=_muon_flops(workload) if workload.optimizer.name == "muon" else 0.0,
     )
+
+
+def _attention_flops(workload: Workload, platform: str) -> float:
+    """Return what the platform's kernel computes, in forward passes over all scores.
+
+    A forward pass is two products. Splash's backward is seven: three for the queries, four for keys
+    and values, of which two each are the scores and their gradient again; FlashAttention's, as
+    cuDNN's, is five (Dao 2023, arXiv:2307.08691, section 3.1). Rematerialisation runs the forward
+    once more. Blocks that the mask hides are left out.
+    """
+    config, length = workload.model, workload.length_tokens
+    backward, block = (3.5, _SPLASH_BLOCK) if platform == "tpu" else (2.5, _FLASH_BLOCK)
+    runs = 1.0 + backward + (workload.compute.remat != "none")
+    whole = cached_flops(config, length, causal_half=False).attention
+    return runs * whole * _visited_share(config, length, block) * workload.tokens
 
 
 def _repeated_projections(workload: Workload) -> float:
@@ -82,11 +91,12 @@ def _active_size(config: TransformerConfig, array: StateArray) -> float:
     return array.size * config.experts_per_token / experts
 
 
-def _visited_share(config: TransformerConfig, length: int) -> float:
-    """Return which share of all scores the blocks hold that the splash kernel visits."""
+def _visited_share(config: TransformerConfig, length: int, largest_block: int) -> float:
+    """Return which share of all scores lies in blocks that the kernel visits."""
     if config.attention != "causal":
         return 1.0
-    block = next((b for b in (_SPLASH_BLOCK, 256, 128) if length % b == 0), 1)
+    # none divides it: dense attention, which computes all scores
+    block = next((b for b in (largest_block, 256, 128) if length % b == 0), length)
     blocks = length // block
     shares = []
     for kind in config.layer_kinds:
@@ -225,7 +235,7 @@ def count_layer_memory_traffic(workload: Workload, sizes: Sizes) -> float:
     d, g = config.width, sizes["tensor"]
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim / g
     out = config.num_heads * config.head_dim / g
-    wide = config.mlp_width * (2 if config.gated else 1) / g
+    wide = workload.active_mlp_width * (2 if config.gated else 1) / g
     a_token = (d + heads) + (heads + out) + (out + d) + (d + wide) + (wide + d)
     activations = (
         passes * tokens * a_token * workload.itemsize * config.num_layers / sizes["pipeline"]

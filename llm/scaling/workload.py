@@ -44,6 +44,16 @@ class Workload:
         """Bytes of a number in the type that is computed in."""
         return {"bfloat16": 2, "float32": 4, "float64": 8}[self.compute.dtype]
 
+    @property
+    def active_mlp_width(self) -> int:
+        """Features of the feed-forward block that a token goes through: of its experts, if any."""
+        config = self.model
+        if config.activation == "none":
+            return 0
+        if not getattr(config, "num_experts", 0):
+            return config.mlp_width
+        return config.experts_per_token * config.expert_mlp_width + config.shared_expert_width
+
     def check(self, sizes: Sizes) -> None:
         """Check that a mesh divides the model and its batch.
 
@@ -146,17 +156,22 @@ cached_training_flops = functools.lru_cache(maxsize=64)(training_flops_per_token
 
 @functools.lru_cache(maxsize=256)
 def kept_bytes_a_sequence(
-    config: TransformerConfig, compute: ComputeConfig, length_tokens: int, platform: str
+    config: TransformerConfig, compute: ComputeConfig, length_tokens: int
 ) -> int:
-    """Return the activations that differentiation keeps of one sequence, traced for a platform."""
-    kinds = {"tpu": "TPU v5", "gpu": "H100"}
-    device = AbstractDevice(device_kind=kinds[platform], num_cores=1, platform=platform)
+    """Return the activations that differentiation keeps of one sequence, traced as for a TPU.
+
+    A GPU's fused attention, which cannot be traced without cuDNN, keeps the same: queries, keys,
+    values, outputs, and a number a row.
+    """
+    device = AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
     mesh = AbstractMesh(
         (1,) * len(MESH_AXES),
         MESH_AXES,
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
         abstract_device=device,
     )
+    if compute.attention_kernel == "cudnn":
+        compute = dataclasses.replace(compute, attention_kernel="auto")
     with jax.sharding.use_abstract_mesh(mesh):
         return count_activation_bytes(
             config, compute, batch_sequences=1, length_tokens=length_tokens

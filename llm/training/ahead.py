@@ -28,6 +28,9 @@ def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks a cloud's metadata server
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    # else it complains that this machine is no worker of a pod; any name will do
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     try:
         return topologies.get_topology_desc(
             platform="tpu", topology_name=name, num_slices=num_slices

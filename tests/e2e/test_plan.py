@@ -83,7 +83,12 @@ def test_a_missing_libtpu_is_one_line(tmp_path):
     assert "libtpu must be installed (extra [tpu])" in failed.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+@needs_libtpu
 def test_a_step_is_compiled_with_splash_attention():
     """On a slice of four chips that are not here, packed segments and all, backward too."""
     report = plan(*SMALL, "--slice=v5e:2x2", "--config.mesh.fsdp=4", "--config.mesh.data=1")
@@ -95,3 +100,34 @@ def test_a_step_is_compiled_with_splash_attention():
     assert said["product_flops"] == pytest.approx(report["flops_a_step"]["products"], rel=1e-3)
     assert set(said["network_gb"]) == {"fsdp"}
     assert said["memory_gb"]["total"] < report["memory_gb"]["limit"]
+
+
+LADDER = """
+from configs.dataclass_config import to_config_dict
+from configs.schema import ScalingConfig
+from llm.data.config import SourceConfig
+from llm.models.config import ComputeConfig
+from llm.scaling.config import LadderConfig
+
+
+def get_config(arg=None):
+    ladder = LadderConfig(depths=(1,), tokens=(8192, 16384), learning_rates=(1e-2,))
+    config = to_config_dict(ScalingConfig(ladders={"sizes": ladder}))
+    config.compute = to_config_dict(ComputeConfig(dtype="bfloat16", unroll_layers=False))
+    config.data.sources = {"text": to_config_dict(SourceConfig(paths=("README.md",)))}
+    config.data.tokenizer.kind = "bytes"
+    config.data.length_tokens, config.data.batch_sequences = 128, 8
+    return config
+"""
+
+
+@needs_libtpu
+@pytest.mark.long
+def test_a_ladder_is_compiled_group_by_group(tmp_path):
+    (tmp_path / "ladder.py").write_text(LADDER)
+    report = plan(f"--config={tmp_path / 'ladder.py'}", "--slice=v5e:2x2")
+    short, long = report["groups"]
+    assert (short["runs"], short["fits"]) == (1, True)
+    # two lengths of one shape are one program, and twice the time
+    assert long["height_gb"] == short["height_gb"] > 0
+    assert long["days"] == pytest.approx(2 * short["days"])

@@ -162,12 +162,23 @@ def test_bubble_of_a_circular_pipeline():
 
 def test_rematerialisation_repeats_all_but_the_last_product():
     matrices = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024
-    none, full = count_work(SMALL, sizes()), count_work(changed(remat="full"), sizes())
+    none, full = count_work(SMALL), count_work(changed(remat="full"))
     assert full.products - none.products == 2 * 6 * (matrices - 1024 * 256) * B * T
     # one block of 512 is the whole square; forward 1, backward 3.5, forward again
     square = 4 * 6 * 4 * 64 * T * B * T
     assert none.attention == 4.5 * square and full.attention == 5.5 * square
     assert none.model == full.model
+
+
+def test_kernels_leave_out_what_the_mask_hides():
+    """Of 16 × 16 blocks of 128 a causal one visits 136, with a window of 256 three a row."""
+    long = dataclasses.replace(SMALL, length_tokens=2048, batch_sequences=4)
+    square = 4 * 6 * 4 * 64 * 2048 * 4 * 2048
+    assert count_work(long, "gpu").attention == 3.5 * square * 136 / 256
+    assert count_work(long, "tpu").attention == 4.5 * square * 10 / 16  # blocks of 512
+    local = dataclasses.replace(SMALL.model, cycle_layers=("local",), sliding_window_tokens=256)
+    windowed = dataclasses.replace(long, model=local)
+    assert count_work(windowed, "gpu").attention == 3.5 * square * (1 + 2 + 3 * 14) / 256
 
 
 def test_a_larger_microbatch_or_less_remat_takes_more_memory():
