@@ -10,10 +10,9 @@ import math
 from typing import NamedTuple
 
 from llm.models.config import ComputeConfig, TransformerConfig
-from llm.scaling.accounting import count_flops
 from llm.scaling.hardware import Slice, parse_slice
 from llm.scaling.plan import Plan, make_plan
-from llm.scaling.workload import Workload, mesh_sizes
+from llm.scaling.workload import Workload, cached_flops, mesh_sizes
 from llm.training.config import OptimizerConfig
 
 LENGTH = 2048
@@ -116,5 +115,5 @@ def plan(run: Run) -> Plan:
 
 def tflops(run: Run, seconds: float) -> float:
     """Return TFLOP/s a chip by their convention, of a step of that many seconds."""
-    flops = count_flops(model(run.billions), LENGTH, causal_half=False).training()
+    flops = cached_flops(model(run.billions), LENGTH, causal_half=False).training()
     return flops * workload(run).tokens / seconds / where(run).num_chips / 1e12
