@@ -47,12 +47,17 @@ class RunConfig:
     allow_code_change: bool = False
     allow_data_change: bool = False
     wandb_project: str = ""  # also log to Weights & Biases, when not empty
+    # What `experiments.plan` reckons with, by the chip's name in llm/scaling/hardware.py: Google
+    # Cloud's list prices on demand in the United States, 2025. Yours may be others.
+    chip_hour_dollars: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {"v5e": 1.2, "v5p": 4.2, "v6e": 2.7, "h100": 11.06, "h200": 10.6}
+    )
 
     def __post_init__(self) -> None:
         check_ranges(
             self,
             section="run.",
-            positive="save_every_seconds hang_timeout_seconds",
+            positive="save_every_seconds hang_timeout_seconds chip_hour_dollars",
             size="log_every_steps keep_newest_checkpoints max_skipped_in_a_row profile_start_step",
             count="save_every_steps keep_every_steps profile_num_steps replay_every_steps",
         )
