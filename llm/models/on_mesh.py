@@ -33,8 +33,8 @@ def check_stages(num_cycles: int, stages: int, compute: ComputeConfig) -> None:
             f"mesh.pipeline={stages} × compute.pipeline_repeats={repeats} do not divide the "
             f"model's {num_cycles} repetitions of model.cycle_layers"
         )
-    if microbatches is not None and microbatches < stages:
+    if stages > 1 and microbatches is not None and microbatches % stages:
         raise ValueError(
-            f"compute.pipeline_microbatches={microbatches}: at least mesh.pipeline={stages}, or "
-            "stages wait for each other"
+            f"compute.pipeline_microbatches={microbatches} must be a multiple of mesh.pipeline="
+            f"{stages}: fewer would leave stages waiting, and each stage keeps as many"
         )

@@ -23,7 +23,7 @@ RULES: dict[str, MeshAxes] = {
     "positions": (),
     "norm": (),
     # Outside the stages of a pipeline its devices share the batch too: embedding and head.
-    "activation_batch": ("data", "fsdp", "expert", "pipeline"),
+    "activation_batch": ("data", "fsdp", "pipeline", "expert"),
     "activation_length": ("context",),
     "activation_embed": (),
     "activation_heads": ("tensor",),
@@ -40,7 +40,8 @@ _in_stage = contextvars.ContextVar("in_stage", default=False)
 
 @contextlib.contextmanager
 def inside_stage() -> Iterator[None]:
-    """Within the block a batch is what one stage of a pipeline works on: not split over stages."""
+    """Within the block a batch is what one stage works on in one group of devices along data and
+    fsdp (see llm/models/pipeline.py): the expert axis alone splits it."""
     before = _in_stage.set(True)
     try:
         yield
@@ -52,7 +53,7 @@ def mesh_axes(name: str | None) -> MeshAxes:
     """Return the mesh axes that cut a dimension of that logical name."""
     axes = () if name is None else RULES[name]
     if _in_stage.get() and name == "activation_batch":
-        return tuple(axis for axis in axes if axis != "pipeline")
+        return tuple(axis for axis in axes if axis == "expert")
     return axes
 
 
