@@ -26,6 +26,7 @@ from llm.models.on_mesh import check_stages
 from llm.parallel.rules import (
     MeshAxes,
     constrain,
+    gathered,
     inside_stage,
     partition_spec,
     ways_in_force,
@@ -167,13 +168,11 @@ def _by_stage(
     x: jax.Array, names: tuple[str | None, ...], *, stages: int, groups: int, repeats: int
 ) -> jax.Array:
     """[C …] → [S W R C/(S·R) …], gathered over fsdp: once a pass in place of once a turn."""
-    whole = partition_spec(tuple(None if name == "embed" else name for name in names[1:]))
     x = x.reshape(repeats, stages, -1, *x.shape[1:])
-    x = jax.lax.with_sharding_constraint(x, PartitionSpec(None, "pipeline", None, *whole))
-    x = jnp.moveaxis(x, 1, 0)[:, None]
+    x = _split(x, None, "pipeline", None, *partition_spec(names[1:]))
+    x = gathered(jnp.moveaxis(x, 1, 0), ("layers", None, None, *names[1:]))[:, None]
     x = jnp.broadcast_to(x, (stages, groups, *x.shape[2:]))
-    spec = PartitionSpec("pipeline", _GROUPS, None, None, *whole)
-    return jax.lax.with_sharding_constraint(x, spec)
+    return _split(x, "pipeline", _GROUPS)
 
 
 def _pick(x: jax.Array, repeat: Int[Array, " S"]) -> jax.Array:

@@ -22,9 +22,10 @@ from llm.models.norms import Norm
 from llm.models.pipeline import num_stages, run_pipeline
 from llm.models.positions import rotary_angles, sinusoidal_embedding
 from llm.models.projection import Projection, float32_product
-from llm.parallel.rules import constrain
+from llm.parallel.rules import constrain, gathered
 
 Tokens = Int[Array, "B T"]
+_TABLE = ("vocab", "embed")  # axes of the embedding, and in the other order of the head
 
 
 @no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
@@ -69,7 +70,7 @@ class Transformer(nn.Module):
                 f"compute.dtype={self.compute.dtype!r}: JAX computes so with JAX_ENABLE_X64=1 alone"
             )
         std = 0.02 if c.initializer == "gpt2" else 1.0
-        self.embedder = Embedder(c.padded_vocab_size, c.width, ("vocab", "embed"), std)
+        self.embedder = Embedder(c.padded_vocab_size, c.width, _TABLE, std)
         if c.positions == "learned":
             axes = ("positions", "embed")
             self.position_embedder = Embedder(c.max_length_tokens, c.width, axes, std)
@@ -95,7 +96,7 @@ class Transformer(nn.Module):
             self.head = Projection(
                 "BTD,DV->BTV",
                 (c.width, c.padded_vocab_size),
-                ("embed", "vocab"),
+                _TABLE[::-1],
                 nn.initializers.normal(0.02 if c.initializer == "gpt2" else base_width**-0.5),
                 dtype=dtype,
                 float32_output=True,
@@ -253,9 +254,10 @@ def scale_params(params: dict, factor: ArrayLike) -> dict:
 
 
 def head_params(config: TransformerConfig, params: dict) -> dict:
-    """Return the part of the parameters that `Transformer.unembed` reads."""
-    name = "embedder" if config.tied_head else "head"
-    return {name: params[name]}
+    """Return the part of the parameters that `Transformer.unembed` reads, for a loop over tiles."""
+    if config.tied_head:
+        return {"embedder": {"embedding": gathered(params["embedder"]["embedding"], _TABLE)}}
+    return {"head": {"kernel": gathered(params["head"]["kernel"], _TABLE[::-1])}}
 
 
 def logical_axes(model: Model) -> dict:

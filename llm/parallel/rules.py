@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Iterator
 
@@ -87,6 +88,26 @@ def constrain(x: ArrayLike, *axes: str | None) -> ArrayLike:
         for name, size in zip(axes, x.shape, strict=True)
     )
     return jax.lax.with_sharding_constraint(x, partition_spec(fitting))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(x: ArrayLike, axes: tuple[str | None, ...]) -> ArrayLike:
+    """Return a parameter of these logical axes gathered over fsdp, where loops are to share it.
+
+    Its gradient is cut again where it is summed: the compiler then sums just what a device keeps.
+    """
+    return constrain(x, *(None if name == "embed" else name for name in axes))
+
+
+def _gathered_forward(x, axes):
+    return gathered(x, axes), None
+
+
+def _gathered_backward(axes, _, cotangent):
+    return (constrain(cotangent, *axes),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def make_shardings(mesh: Mesh, axes_tree, shapes_tree):
