@@ -45,15 +45,13 @@ def start_both(folder, workdir, *flags, patches=(None, None)):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    together = (f"--coordinator=localhost:{port}", "--num_processes=2")
     return [
         start(
             "pretrain",
             folder,
             workdir,
             *FLAGS,
-            *together,
-            f"--process_index={index}",
+            f"--process={index}/2@localhost:{port}",
             *flags,
             patch=patches[index],
         )

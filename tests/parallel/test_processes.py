@@ -10,22 +10,45 @@ from llm.parallel.mesh import start_distributed
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("text", "said"),
     [
-        (("localhost:1234", None, 0), "needs coordinator, num_processes and process_index"),
-        ((None, 2, 0), "needs coordinator, num_processes and process_index"),
-        (("localhost", 2, 0), "coordinator=localhost: must be host:port"),
-        (("localhost:1234", 2, 2), "process_index=2: must be one of 0 to 1"),
+        ("0/2", "must be INDEX/COUNT@HOST:PORT"),
+        ("0/2@localhost", "must be INDEX/COUNT@HOST:PORT"),
+        ("localhost:1234", "must be INDEX/COUNT@HOST:PORT"),
+        ("2/2@localhost:1234", "INDEX must be one of 0 to 1"),
     ],
 )
-def test_what_is_given_must_be_enough(given, said):
-    with pytest.raises(ValueError, match=said):
-        start_distributed(*given)
+def test_what_is_given_must_be_a_process(text, said):
+    with pytest.raises(ValueError, match=f"process={text}: {said}"):
+        start_distributed(text)
+
+
+def test_the_flag_overrides_what_the_environment_says(monkeypatch):
+    """A SLURM step's variables, as its documentation has them; what JAX is given is looked at."""
+    step = {"JOB_ID": "4097", "STEP_NODELIST": "node[03-04],big7", "NTASKS": "3", "PROCID": "2"}
+    for name, value in (step | {"LOCALID": "0"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    joined = []
+    monkeypatch.setattr(
+        "jax._src.lib._jax.get_distributed_runtime_client",
+        lambda address, index, **_: joined.append((address, index)) or pytest.fail("stop"),
+    )
+
+    def told(*given):
+        with pytest.raises(pytest.fail.Exception, match="stop"):
+            start_distributed(*given)
+        return joined.pop()
+
+    # the port is JAX's: the job's number modulo 4096, from 61440 on
+    assert told() == ("node03:61441", 2)
+    assert told("1/2@other:1234") == ("other:1234", 1)
+    start_distributed("alone")
+    assert joined == []
 
 
 ALONE = """
 from llm.parallel.mesh import start_distributed
-start_distributed("localhost:{port}", 2, {index}, timeout_seconds=1)
+start_distributed("{index}/2@localhost:{port}", timeout_seconds=1)
 """
 
 
