@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 from experiments.sweep_results import Result
 from llm.evaluation.figures import BLUE, GREY, as_figure, draw, metric_series
@@ -40,7 +40,7 @@ def curves_figure(results: Sequence[Result], metric: str, rungs: Sequence[int]) 
     axes.set_xlabel("training step")
     axes.set_ylabel(metric)
     axes.set_xlim(left=0)
-    axes.set_ylim(*_limits([result.value for result in results]))
+    axes.set_ylim(*_limits([x for result in results for x in _settled(result, metric)]))
     axes.grid(True, color="#dddddd", linewidth=0.6)
     best = results[0]
     ended = " A cross: stopped there. Dotted: rungs." if rungs else ""
@@ -68,7 +68,7 @@ def field_figure(results: Sequence[Result], field: str, metric: str, goal: str) 
         groups.setdefault(place, []).append(value)
     if 1 < len(groups) < len(found):
         line = sorted((place, pick(each)) for place, each in groups.items())
-        axes.plot(*zip(*line, strict=True), color=GREY, linewidth=1.2, zorder=0, label="best")
+        axes.plot(*zip(*line, strict=True), color=GREY, linewidth=1.2, zorder=1.5)
     axes.set_xlabel(field)
     axes.set_ylabel(metric)
     axes.set_ylim(*_limits(metrics))
@@ -141,9 +141,10 @@ class _Column:
 
             shown = sorted(set(numbers))
             if len(shown) > _MOST_TICKS or limits:
-                ends = np.linspace(form(low), form(high), 5)
-                shown = [float(math.exp(x) if log else x) for x in ends]
-            self._texts = {height(value): format_value(value, 3) for value in shown}
+                places = np.linspace(form(low), form(high), 5)
+                round_ones = [x for x in MaxNLocator(5).tick_values(low, high) if low <= x <= high]
+                shown = [math.exp(x) for x in places] if log else round_ones
+            self._texts = {height(value): format_value(float(value)) for value in shown}
         else:
             known = sorted({format_value(v) for v in values if v is not None})
 
@@ -181,10 +182,16 @@ def _scale(axes: Axes, values: Sequence[Any]) -> tuple[list[float], str]:
     ], f"{format_value(numbers[0])} to {format_value(numbers[-1])}"
 
 
+def _settled(result: Result, metric: str) -> list[float]:
+    """Return the metric past the first fifth of a member's steps, whose fall would flatten all."""
+    steps, values = metric_series(result.rows, metric)
+    return list(values[steps >= steps[-1] / 5])
+
+
 def rank_colours(count: int) -> list[Any]:
     """Return a colour for each place, from the best to the worst: dark to light."""
     scale = matplotlib.colormaps["viridis"]
-    return [(*scale(0.25 + 0.7 * i / max(1, count - 1))[:3], 0.8) for i in range(count)]
+    return [(*scale(0.2 + 0.65 * i / max(1, count - 1))[:3], 0.8) for i in range(count)]
 
 
 def format_value(value: Any, digits: int = 4) -> str:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from jax._src import distributed
 
 from llm.parallel.mesh import start_distributed
 
@@ -23,25 +24,52 @@ def test_what_is_given_must_be_a_process(text, said):
         start_distributed(text)
 
 
-def test_the_flag_overrides_what_the_environment_says(monkeypatch):
-    """A SLURM step's variables, as its documentation has them; what JAX is given is looked at."""
-    step = {"JOB_ID": "4097", "STEP_NODELIST": "node[03-04],big7", "NTASKS": "3", "PROCID": "2"}
-    for name, value in (step | {"LOCALID": "0"}).items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
+# As SLURM sets them for a step; as GKE does for the second host of the second slice of a JobSet; as
+# Open MPI's mpirun does. What JAX then joins: address, its own number.
+STEP = {"JOB_ID": "4097", "STEP_NODELIST": "node[03-04],big7", "NTASKS": "3", "PROCID": "2"}
+SLURM = {f"SLURM_{name}": value for name, value in (STEP | {"LOCALID": "0"}).items()}
+GKE = {
+    "TPU_WORKER_HOSTNAMES": "localhost,other",
+    "TPU_WORKER_ID": "1",
+    "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080",
+    "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "1",
+}
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "address", "index"),
+    [
+        (SLURM, "node03:61441", 2),  # the port: the job's number modulo 4096, from 61440 on
+        (GKE, "localhost:8482", 3),
+        (OPEN_MPI, "10.96.0.1:62624", 3),  # 1531576320 / 4096 modulo 4096 is 1184
+    ],
+)
+def test_the_environment_is_asked_and_the_flag_overrides_it(
+    monkeypatch, environment, address, index
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    monkeypatch.setattr(distributed, "global_state", distributed.State())
     joined = []
-    monkeypatch.setattr(
-        "jax._src.lib._jax.get_distributed_runtime_client",
-        lambda address, index, **_: joined.append((address, index)) or pytest.fail("stop"),
-    )
 
-    def told(*given):
-        with pytest.raises(pytest.fail.Exception, match="stop"):
-            start_distributed(*given)
-        return joined.pop()
+    def join(address, index, **_):
+        joined.append((address, index))
+        raise ConnectionError("far enough")
 
-    # the port is JAX's: the job's number modulo 4096, from 61440 on
-    assert told() == ("node03:61441", 2)
-    assert told("1/2@other:1234") == ("other:1234", 1)
+    monkeypatch.setattr("jax._src.lib._jax.get_distributed_runtime_client", join)
+    for given, expected in ((None, (address, index)), ("1/2@other:1234", ("other:1234", 1))):
+        with pytest.raises(ConnectionError):
+            start_distributed(given)
+        assert joined.pop() == expected
     start_distributed("alone")
     assert joined == []
 
