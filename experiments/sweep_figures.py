@@ -77,6 +77,9 @@ def field_figure(results: Sequence[Result], field: str, metric: str, goal: str) 
     caption = (
         f"{metric} over {field}, the other fields mixed; the grey line joins the best of each."
     )
+    numbers = sorted({value for value in values if _is_number(value)})
+    if len(numbers) > 2 and best in (numbers[0], numbers[-1]):
+        caption += f" The best, {format_value(best)}, is at an end: values beyond it may be better."
     if not all(done):
         caption += " Hollow: stopped or not finished."
     description = f"{metric} over {field} ({ticks}); the best member has {format_value(best)}."
@@ -143,7 +146,7 @@ class _Column:
             if len(shown) > _MOST_TICKS or limits:
                 places = np.linspace(form(low), form(high), 5)
                 round_ones = [x for x in MaxNLocator(5).tick_values(low, high) if low <= x <= high]
-                shown = [math.exp(x) for x in places] if log else round_ones
+                shown = [float(f"{math.exp(x):.2g}") for x in places] if log else round_ones
             self._texts = {height(value): format_value(float(value)) for value in shown}
         else:
             known = sorted({format_value(v) for v in values if v is not None})

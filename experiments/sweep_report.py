@@ -48,7 +48,8 @@ def write_sweep_report(workdir: epath.Path, sweep: SweepConfig, results: Sequenc
     tables = (goodput_table(runs),) if runs else ()
     sections.append(Section("Made with", tables=(*tables, facts_table(version_facts()))))
     facts = _facts(sweep, results, total(list(costs.values())))
-    report = Report(f"Sweep: {sweep.stage} of {sweep.recipe}", facts, tuple(sections))
+    title = f"Sweep: {sweep.stage} of {sweep.recipe}"
+    report = Report(title, facts, tuple(sections), entry.command_line())
     write_report(report, workdir)
     _write_table(workdir, sweep, results, fields, costs)
 

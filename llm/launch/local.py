@@ -67,6 +67,7 @@ class LocalExecutor:
         with (
             _watch_signals() as asked,
             LiveTable([job for job, _ in waiting], self._stream) as table,
+            _told_to_leave_on_error(running),
         ):
             while running or (waiting and not asked):
                 while waiting and free and not asked:
@@ -146,15 +147,26 @@ def _pinned(cores: tuple[int, ...]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watch_signals() -> Iterator[list[int]]:
-    """Yield a list that every SIGINT and SIGTERM adds itself to."""
+    """Yield a list that every signal to stop adds itself to."""
     asked: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: a terminal is gone
     before = [signal.signal(number, lambda found, _: asked.append(found)) for number in numbers]
     try:
         yield asked
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _told_to_leave_on_error(running: Sequence[_Running]) -> Iterator[None]:
+    """Let what runs save and leave where this process fails: nobody would watch it."""
+    try:
+        yield
+    except BaseException:
+        for each in running:
+            each.child.send_signal(signal.SIGTERM)
+        raise
 
 
 def _pass_on(running: Sequence[_Running], times: int, table: LiveTable) -> None:

@@ -137,3 +137,26 @@ def test_a_second_one_ends_what_does_not_leave(tmp_path):
     code, said, logs = stop(tmp_path, DEAF, signal.SIGINT, 2)
     assert code == 130 and "killed: m0, m1" in said
     assert [row["exit_code"] for row in read_starts(epath.Path(tmp_path / "m0"))] == [-9]
+
+
+class ClosedStream:
+    """A terminal that goes away."""
+
+    def __init__(self, until):
+        self.until = until
+
+    def write(self, text):
+        wait(self.until)
+        raise OSError("no such device")
+
+    def flush(self):
+        pass
+
+
+def test_members_save_and_leave_when_the_executor_fails(tmp_path):
+    (job,) = jobs_of(tmp_path, SAVES)
+    log = tmp_path / "m0" / LOG
+    stream = ClosedStream(lambda: log.exists() and "ready" in log.read_text())
+    with pytest.raises(OSError, match="no such device"):
+        LocalExecutor(LocalConfig(pin_cores=False), stream=stream).run([job])
+    wait(lambda: "saved" in log.read_text())
