@@ -50,7 +50,10 @@ def sweep(folder, *flags):
 
 
 def outcome(child, expect=0):
-    out, err = child.communicate(timeout=600)
+    try:
+        out, err = child.communicate(timeout=1200)
+    finally:
+        child.kill()
     assert child.returncode == expect, err
     return out + err
 

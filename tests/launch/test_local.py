@@ -1,5 +1,6 @@
 """Members as processes: so many at a time, on their cores, again after a failure, stopped whole."""
 
+import io
 import json
 import os
 import signal
@@ -160,3 +161,19 @@ def test_members_save_and_leave_when_the_executor_fails(tmp_path):
     with pytest.raises(OSError, match="no such device"):
         LocalExecutor(LocalConfig(pin_cores=False), stream=stream).run([job])
     wait(lambda: "saved" in log.read_text())
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_a_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    (job,) = jobs_of(tmp_path, "print('hello')")
+    job.folder.mkdir()
+    (job.folder / "metrics.jsonl").write_text('{"step":7,"train/loss":2.5}\n{"step":8,"tr')
+    stream = Terminal()
+    LocalExecutor(LocalConfig(pin_cores=False), stream=stream).run([job])
+    last = stream.getvalue().rpartition("member")[2]
+    assert all(text in last for text in ("m0", "done after 0 s", "step 7, loss 2.5"))
