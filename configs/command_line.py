@@ -68,6 +68,15 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[Override]
     return others, overrides
 
 
+def as_override(path: str, value: Any) -> Override:
+    """Return what sets a field to a Python value: the text that is typed for it."""
+    if hasattr(value, "item"):  # numpy's numbers
+        value = value.item()
+    if isinstance(value, str):
+        return Override(path, value)
+    return Override(path, "none" if value is None else repr(value))
+
+
 def load_config(
     recipe: str, overrides: Sequence[Override], config_type: type | tuple[type, ...]
 ) -> Any:

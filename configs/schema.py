@@ -1,11 +1,26 @@
 """Every field of every stage on one page. Sections are declared beside the code that reads them."""
 
 import dataclasses
+from typing import Any, Literal
 
 from llm.data.config import ComparisonsConfig, DataConfig, SourceConfig, TokenizerConfig
 from llm.evaluation.config import JudgeConfig
+from llm.launch.config import (
+    CostConfig,
+    HalvingConfig,
+    LocalConfig,
+    SkyPilotConfig,
+    SlurmConfig,
+)
 from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
-from llm.parallel.checks import as_steps, check_multiple, check_names, check_one_given, check_ranges
+from llm.parallel.checks import (
+    as_steps,
+    check_multiple,
+    check_names,
+    check_one_given,
+    check_ranges,
+    shown,
+)
 from llm.parallel.config import MeshConfig
 from llm.rl.config import (
     AlgorithmConfig,
@@ -352,3 +367,37 @@ class EmergenceConfig:
     few_shot: FewShotConfig | None = None
     compute: ComputeConfig = ComputeConfig()
     run: RunConfig = RunConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """`experiments.sweep`: runs of one stage that differ in some fields, and which was best."""
+
+    stage: Literal[
+        "pretrain", "finetune", "reward", "preference", "rlhf", "speedrun", "scaling", "emergence"
+    ] = "pretrain"
+    recipe: str = ""  # of the stage, as its --config
+    # {field of the stage's config: value} each; configs/sweep_space.py makes them
+    members: tuple[Any, ...] = ()
+    shared: tuple[Any, ...] = ()  # likewise, what every member has as well: no part of its name
+    metric: str = "train/loss"  # of metrics.jsonl: its last value is what members are compared by
+    goal: Literal["min", "max"] = "min"
+    executor: Literal["local", "slurm", "skypilot"] = "local"
+    local: LocalConfig = LocalConfig()
+    slurm: SlurmConfig = SlurmConfig()
+    skypilot: SkyPilotConfig = SkyPilotConfig()
+    halving: HalvingConfig | None = None  # None: all members run to their end
+    cost: CostConfig = CostConfig()
+
+    def __post_init__(self):
+        if not self.recipe:
+            raise ValueError(
+                "recipe is empty: name a recipe of the stage, e.g. configs/depth.py:12"
+            )
+        if not self.members:
+            raise ValueError("members is empty: there is nothing to run")
+        for member in self.members + self.shared:
+            if not isinstance(member, dict) or not all(isinstance(name, str) for name in member):
+                raise ValueError(f"members has {shown(member)}: each is a dict of field: value")
+        if self.halving and self.stage in ("speedrun", "scaling", "emergence"):
+            raise ValueError(f"halving: a {self.stage} has no steps of its own to be stopped at")

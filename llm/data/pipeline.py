@@ -11,7 +11,7 @@ from llm.data.prepare import Prepared
 from llm.data.prepared import PreparedSplit
 from llm.data.sources import open_source
 from llm.data.tokenizers import Tokenizer
-from llm.parallel.hosts import ALONE, HostShare
+from llm.parallel.hosts import WHOLE, HostShare
 
 
 def make_training_batches(
@@ -19,7 +19,7 @@ def make_training_batches(
     prepared: Prepared,
     tokenizer: Tokenizer,
     *,
-    share: HostShare = ALONE,
+    share: HostShare = WHOLE,
     state_dir: str | os.PathLike | None = None,
 ) -> Batches | OnlineBatches:
     """Return the training batches of a config, from the first row on; `seek` goes elsewhere.

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from llm.data.loader import Batch, make_evaluation_batches
 from llm.data.prepared import PreparedSplit, StoredDocument
 from llm.models.transformer import Transformer
-from llm.parallel.hosts import ALONE, HostShare, place_batch
+from llm.parallel.hosts import WHOLE, HostShare, place_batch
 from llm.training.loss import make_token_nats
 
 ScoreStep = Callable[[dict, Batch], dict[str, jax.Array]]
@@ -115,7 +115,7 @@ def score_split(
     row_length: int,
     batch_sequences: int,
     max_sequences: int | None = None,
-    share: HostShare = ALONE,
+    share: HostShare = WHOLE,
 ) -> TextScore:
     """Score the packed rows of a held-out split, or the first `max_sequences` of its fixed shuffle.
 

@@ -28,7 +28,7 @@ class HostShare(NamedTuple):
         return rows[self.index * each :][:each]
 
 
-ALONE = HostShare(0, 1)
+WHOLE = HostShare(0, 1)
 
 
 def host_share(mesh: Mesh, process: int | None = None) -> HostShare:

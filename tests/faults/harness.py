@@ -56,9 +56,9 @@ def start_together(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    together = (f"--coordinator=localhost:{port}", f"--num_processes={len(patches)}")
+    process = f"--process={{}}/{len(patches)}@localhost:{port}"
     return [
-        start(stage, folder, workdir, *flags, *together, f"--process_index={index}", patch=patch)
+        start(stage, folder, workdir, *flags, process.format(index), patch=patch)
         for index, patch in enumerate(patches)
     ]
 
