@@ -15,8 +15,8 @@ from rich.table import Table
 from configs.schema import PretrainConfig
 from experiments import entry
 from llm.data.config import DataConfig
-from llm.data.packing import load_pack_plan
 from llm.data.prepare import Prepared, prepare
+from llm.data.split_rows import SplitRows
 from llm.data.tokenizer_training import make_tokenizer
 
 _DIRECTORY = flags.DEFINE_string(
@@ -49,18 +49,13 @@ def describe(config: DataConfig, prepared: Prepared) -> dict:
         report[split] = {}
         for name, documents in splits.items():
             seed = config.seed if split == "train" else 0  # as the loader's
-            plan = load_pack_plan(
-                documents.packed_pairs(config.length_tokens),
-                config.length_tokens,
-                seed,
-                documents.path / "plans",
-            )
+            rows = SplitRows(documents, config.length_tokens, seed)
             counts = prepared.report[split][name]
             report[split][name] = {
                 **counts,
                 "bytes_per_token": counts["bytes"] / max(1, counts["tokens"]),
-                "rows": plan.num_rows,
-                "fill_rate": plan.fill_rate,
+                "rows": rows.num_rows,
+                "fill_rate": rows.fill_rate,
             }
     return report
 
