@@ -2,7 +2,7 @@
 on what was found. The report ends a preparation, of one machine or of many."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -45,39 +45,59 @@ def write_held_out_sample(groups: Sequence[WrittenGroup], path: epath.Path) -> N
     save_arrays(path, {"document": checked, **dict(zip(names, arrays, strict=True))})
 
 
+def finish_splits(
+    path: epath.Path,
+    groups: Sequence[FinishedGroup],
+    facts: Mapping[tuple[str, str], Mapping[str, object]],
+) -> None:
+    """Write the manifests of splits of several groups.
+
+    Args:
+      path: the folder of everything that was prepared.
+      facts: what the manifests are to tell, by split and source.
+    """
+    for key, mine in _by_split(groups).items():
+        if len(mine) > 1:
+            of_groups = [{"documents": g.counts["documents"], "digest": g.digest} for g in mine]
+            split, source = key
+            finish_groups(path / source / split, of_groups, {**facts[key], **_total(mine)})
+
+
 def write_report(
     path: epath.Path,
     groups: Sequence[FinishedGroup],
     near_duplicates: Mapping[int, NearDuplicate],
-    bad_rows: Mapping[str, Sequence[BadRow]],
-    facts: Mapping[tuple[str, str], Mapping[str, object]],
+    bad_rows: Mapping[str, Iterable[BadRow]],
 ) -> None:
-    """Write the manifests of splits of several groups, and last report.json: all is done.
+    """Write report.json, last of all: everything is done.
 
     Args:
-      path: the folder of everything that was prepared.
-      groups: all there are.
       near_duplicates: by number of the held-out document in the sample.
       bad_rows: each once, by source.
-      facts: what the manifests are to tell, by split and source.
     """
-    groups = sorted(groups, key=lambda group: group.key)
     report: dict[str, dict[str, dict]] = {"train": {}, "validation": {}}
-    for split, source in facts:
-        mine = [group for group in groups if (group.key.split, group.key.source) == (split, source)]
-        counts = {name: sum(group.counts[name] for group in mine) for name in mine[0].counts}
-        if len(mine) > 1:
-            of_groups = [
-                {"documents": group.counts["documents"], "digest": group.digest} for group in mine
-            ]
-            finish_groups(path / source / split, of_groups, {**facts[split, source], **counts})
-        report[split][source] = counts
+    for (split, source), mine in _by_split(groups).items():
+        report[split][source] = _total(mine)
     _add_near_duplicates(report["validation"], path / "held_out.npz", groups, near_duplicates)
     report["bad_rows"] = {
-        source: {"count": len(rows), "rows": sorted(list(dataclasses.astuple(row)) for row in rows)}
-        for source, rows in sorted(bad_rows.items())
+        source: {"count": len(rows), "rows": rows}
+        for source, of_source in sorted(bad_rows.items())
+        for rows in [sorted(list(dataclasses.astuple(row)) for row in of_source)]
     }
     write_json(path / "report.json", report)
+
+
+def _by_split(
+    groups: Iterable[FinishedGroup],
+) -> dict[tuple[str, str], list[FinishedGroup]]:
+    found: dict[tuple[str, str], list[FinishedGroup]] = {}
+    for group in sorted(groups, key=lambda group: group.key):
+        found.setdefault((group.key.split, group.key.source), []).append(group)
+    return found
+
+
+def _total(groups: Sequence[FinishedGroup]) -> dict[str, int]:
+    return {name: sum(group.counts[name] for group in groups) for name in groups[0].counts}
 
 
 def _add_near_duplicates(
@@ -88,12 +108,9 @@ def _add_near_duplicates(
 ) -> None:
     """Tell of each held-out split how many documents were looked up, and which were found."""
     saved = load_arrays(sample, ("document", "id"))
-    begin = 0
+    begin, by_split = 0, _by_split(groups)
     for source, counts in report.items():
-        written = [
-            g.num_written for g in groups if (g.key.split, g.key.source) == ("validation", source)
-        ]
-        end = begin + sum(written)
+        end = begin + sum(group.num_written for group in by_split["validation", source])
         numbers = np.flatnonzero((saved["document"] >= begin) & (saved["document"] < end))
         found = [near_duplicates[n] for n in numbers.tolist() if n in near_duplicates]
         counts |= {

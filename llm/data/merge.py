@@ -2,14 +2,14 @@
 group gets its index and manifest. Functions of groups, for one machine (`prepare`) or many."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from etils import epath
 from jaxtyping import Int64, UInt8, UInt64
 
 from llm.data.disk import load_arrays
-from llm.data.groups import Group, GroupKey
+from llm.data.groups import GroupKey
 from llm.data.prepared import PreparedSplit, finish_split
 from llm.data.shard_writer import columns_path
 
@@ -194,7 +194,7 @@ def _near_duplicates(group: WrittenGroup, kept: np.ndarray) -> Iterator[NearDupl
     yield from most_alike(found).values()
 
 
-def most_alike(found: Sequence[NearDuplicate]) -> dict[int, NearDuplicate]:
+def most_alike(found: Iterable[NearDuplicate]) -> dict[int, NearDuplicate]:
     """Return the near duplicate to tell of, for each held-out document."""
     best: dict[int, NearDuplicate] = {}
     for near in found:
@@ -203,7 +203,6 @@ def most_alike(found: Sequence[NearDuplicate]) -> dict[int, NearDuplicate]:
     return best
 
 
-def written_group(group: Group, markers: Mapping[int, Mapping[str, object]]) -> WrittenGroup:
-    """Return a group whose shards have these markers, by their numbers."""
-    ordered = tuple(markers[shard] for shard in range(len(group.shards)))
-    return WrittenGroup(group.key, group.directory, ordered)
+def in_order(markers: Mapping[int, Mapping[str, object]]) -> tuple[Mapping[str, object], ...]:
+    """Return the markers of a group's shards, given by number in any order."""
+    return tuple(markers[shard] for shard in range(len(markers)))

@@ -11,22 +11,22 @@ from etils import epath
 from llm.data.config import DataConfig, SourceConfig, cache_root
 from llm.data.disk import read_json_object, remove_leftovers
 from llm.data.grouped import open_split
-from llm.data.groups import Group, make_groups
-from llm.data.held_out import write_held_out_sample, write_report
+from llm.data.groups import Group, GroupKey, make_groups
+from llm.data.held_out import finish_splits, write_held_out_sample, write_report
 from llm.data.merge import (
     FinishedGroup,
     Verdicts,
     WrittenGroup,
     distinct_documents,
     finish_group,
+    in_order,
     most_alike,
     settle,
-    written_group,
 )
 from llm.data.prepared import FORMAT_VERSION, PreparedDataError, PreparedSplit, storage_dtype
 from llm.data.progress import PrepareProgress
 from llm.data.shard_writer import ShardTask, check_bad_rows, is_masked
-from llm.data.sources import BadRow, Source, Split, open_source
+from llm.data.sources import BadRow, Shard, Source, Split, open_source
 from llm.data.tokenizers import Tokenizer
 from llm.data.workers import Workers
 
@@ -103,12 +103,19 @@ class PrepareJob:
         directory = self.path / name / source.split
         return make_groups(source.split, name, source.shards(), directory)
 
-    def task(self, group: Group, shard: int, source: Source) -> ShardTask:
+    def task(
+        self,
+        key: GroupKey,
+        directory: epath.Path,
+        shard: int,
+        parts: tuple[Shard, ...],
+        source: Source,
+    ) -> ShardTask:
         """Return the task that writes a shard of a group."""
+        held_out_path = self.held_out_path if key.training else None
         return ShardTask(
-            group.key.source, source, group.shards[shard], group.directory, shard,
-            self.config.max_bad_rows, self.held_out_path if group.key.training else None,
-        )  # fmt: skip
+            key.source, source, parts, directory, shard, self.config.max_bad_rows, held_out_path
+        )
 
 
 def make_job(
@@ -162,9 +169,9 @@ def _prepare(job: PrepareJob, tokenizer: Tokenizer, num_workers: int) -> None:
             of_split = [group for group in groups if group.key.training == training]
             markers: dict[epath.Path, dict[int, dict]] = {g.directory: {} for g in of_split}
             tasks = [
-                job.task(group, shard, sources[group.key.split, group.key.source])
-                for group in of_split
-                for shard in range(len(group.shards))
+                job.task(g.key, g.directory, shard, parts, sources[g.key.split, g.key.source])
+                for g in of_split
+                for shard, parts in enumerate(g.shards)
             ]
             for task, marker in workers.run(tasks):
                 # One row comes up in both splits where the hold-out is a hash.
@@ -172,13 +179,16 @@ def _prepare(job: PrepareJob, tokenizer: Tokenizer, num_workers: int) -> None:
                 check_bad_rows(task.name, list(bad_rows[task.name]), job.config.max_bad_rows)
                 markers[task.directory][task.shard] = marker
                 progress.advance(marker)
-            written += [written_group(group, markers[group.directory]) for group in of_split]
+            written += [
+                WrittenGroup(group.key, group.directory, in_order(markers[group.directory]))
+                for group in of_split
+            ]
             if not training:
                 write_held_out_sample(written, job.held_out_path)
     finished = _merge(job, written)
     near = most_alike([near for group in finished for near in group.near_duplicates])
-    rows = {name: list(of_source) for name, of_source in bad_rows.items()}
-    write_report(job.path, finished, near, rows, job.facts)
+    finish_splits(job.path, finished, job.facts)
+    write_report(job.path, finished, near, bad_rows)
 
 
 def _merge(job: PrepareJob, written: list[WrittenGroup]) -> list[FinishedGroup]:

@@ -10,10 +10,12 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int, Int64
 
+from llm.data.config import DataConfig
 from llm.data.disk import read_json_object, write_json
 from llm.data.grouped import WINDOW_GROUPS
 from llm.data.packing import ALGORITHM, PackPlan, concatenated_ranges, load_pack_plan, permutation
 from llm.data.prepared import PreparedSplit
+from llm.data.sources import Split
 
 
 class SplitRows:
@@ -66,6 +68,11 @@ class SplitRows:
             with contextlib.suppress(OSError):  # read-only: counted anew at each start
                 write_sizes(self.split, self._row_length, self._seed, sizes)
         return sizes
+
+
+def plan_seed(config: DataConfig, split: Split) -> int:
+    """Return the seed of a split's plans: `make_evaluation_batches` reads the same for any run."""
+    return config.seed if split == "train" else 0
 
 
 def group_plan(group: PreparedSplit, row_length: int, seed: int) -> PackPlan:
