@@ -15,6 +15,9 @@ from llm.data.shard_writer import columns_path
 
 _INDEX_COLUMNS = ("shard", "record", "num_tokens", "num_targets", "num_bytes")
 _NEAR_COLUMNS = ("near_document", "near_id", "near_held_out", "near_share")
+# Many machines settle documents by so many bits of their digests: of 20 billion, 5 million fall
+# together, 120 MB to be sorted at once, and a group's 5 million travel in 4,096 arrays.
+DIGEST_BITS = 12
 # What becomes of a document. Held-out text goes before training text, whichever source either is
 # from: what is trained on was not held out.
 KEPT, REPEATED, EQUALS_HELD_OUT = 0, 1, 2

@@ -13,11 +13,12 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from etils import epath
 
 from llm.data.config import DataConfig
-from llm.data.disk import read_json_object, write_json
+from llm.data.disk import read_json_object, remove_leftovers, write_json
 from llm.data.grouped import open_split
 from llm.data.groups import GroupKey
 from llm.data.held_out import finish_splits, write_held_out_sample, write_report
 from llm.data.merge import (
+    DIGEST_BITS,
     Documents,
     FinishedGroup,
     NearDuplicate,
@@ -36,9 +37,6 @@ from llm.data.sources import Shard, Split
 from llm.data.split_rows import group_plan, plan_seed, plan_size, write_sizes
 from llm.data.tokenizers import Tokenizer
 
-# Documents are keyed by so many bits of their texts' digests: of 20 billion, 5 million fall to a
-# key, 120 MB to be sorted at once, and a group's 5 million travel in 4,096 arrays.
-_DIGEST_BITS = 12
 # The DirectRunner's own engine. Asked for by its usual name it first tries to download another.
 # Functions are sent by their names: what this process was started from need not travel.
 _DEFAULT_OPTIONS = ("--runner=FnApiRunner", "--no_save_main_session")
@@ -82,6 +80,7 @@ def prepare_with_beam(
     """
     job = make_job(config, tokenizer, directory)
     if not job.is_done:
+        remove_leftovers(job.path)
         whole = {"definition": tokenizer.definition, "settings": tokenizer.settings}
         write_json(_tokenizer_file(job), whole)  # some megabytes: too much for a job's description
         if not options:
@@ -204,7 +203,7 @@ def _gather(key: Key, shards: Iterable[Written]) -> WrittenGroup:
 
 
 def _distinct_by_digest(group: WrittenGroup) -> Iterator[tuple[int, Documents]]:
-    return distinct_documents(group).by_digest(_DIGEST_BITS)
+    return distinct_documents(group).by_digest(DIGEST_BITS)
 
 
 def _settle(_digests: int, groups: Iterable[Documents]) -> Iterator[tuple[Key, Verdicts]]:

@@ -65,7 +65,7 @@ def test_beam_leaves_the_same_bytes(tmp_path, small, options):
 def test_the_cut_of_digests_changes_nothing(tmp_path, small, monkeypatch):
     config = mixed_config(tmp_path / "corpus")
     whole = of_beam(config, tmp_path / "fine")
-    monkeypatch.setattr(prepare_beam, "_DIGEST_BITS", 1)
+    monkeypatch.setattr(prepare_beam, "DIGEST_BITS", 1)
     assert of_beam(config, tmp_path / "coarse") == whole
 
 
