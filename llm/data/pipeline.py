@@ -94,5 +94,7 @@ def num_truncated(splits: Mapping[str, PreparedSplit], row_length: int) -> dict[
     """Return, by source, how many conversations do not fit into a row, where there are any."""
     cut = {}
     for name, split in splits.items():
-        cut[name] = int((split.packed_pairs(row_length) < split.num_pairs).sum())
+        cut[name] = sum(
+            int((group.packed_pairs(row_length) < group.num_pairs).sum()) for group in split.groups
+        )
     return {name: count for name, count in cut.items() if count}
