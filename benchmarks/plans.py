@@ -144,7 +144,7 @@ def plans_table(rows: list[dict]) -> str:
 def compiled_table(rows: list[dict]) -> str:
     """Return what the compiled steps do beside what was predicted of them."""
     lines = [
-        "| recipe | slice | products, compiled over predicted | GB sent a chip and step: predicted | "
+        "| recipe | slice | products, compiled to predicted | GB a chip sends a step: predicted | "
         "compiled | attention kernels a step | compiled in |",
         "|---|---|--:|---|---|---|--:|",
     ]
