@@ -42,7 +42,7 @@ ROWS = (
     ("configs/depth.py:8", "v5p:2x2x1",
      "mesh.data=1 mesh.fsdp=-1 data.batch_sequences=64 accumulate_steps=1 compute.remat=attention "
      "optimizer.name=adamw"),
-    ("configs/gpt2_355m.py", "v5e:4x4", "mesh.data=2 mesh.tensor=8 compute.unroll_layers=false"),
+    ("configs/gpt2_355m.py", "v5e:4x4", "mesh.data=4 mesh.tensor=4 compute.unroll_layers=false"),
     ("configs/depth.py:16", "v5e:4x4",
      "mesh.data=4 mesh.fsdp=4 accumulate_steps=2 compute.remat=full optimizer.name=adamw "
      "compute.unroll_layers=false"),
@@ -78,6 +78,8 @@ def main(_):
                 lines.write(json.dumps(entry.plain(row)) + "\n")
         rows[key] = row
     print(plans_table([rows[key] for key in ROWS if key in rows]))
+    print()
+    print(compiled_table([rows[key] for key in ROWS if "compiled" in rows.get(key, {})]))
     print()
     print(weak_scaling_table())
 
@@ -136,6 +138,34 @@ def plans_table(rows: list[dict]) -> str:
             f"{row['dollars']:,.0f}",
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def compiled_table(rows: list[dict]) -> str:
+    """Return what the compiled steps do beside what was predicted of them."""
+    lines = [
+        "| recipe | slice | products, compiled to predicted | GB a chip sends a step: predicted | "
+        "compiled | attention kernels a step | compiled in |",
+        "|---|---|--:|---|---|---|--:|",
+    ]
+    for row in rows:
+        said = row["compiled"]
+        sent = (
+            " ".join(f"{axis} {value:.2f}" for axis, value in each.items() if value > 0.005)
+            for each in (row["network_gb"], said["network_gb"])
+        )
+        kernels = {"fwd": 0, "dq": 0, "dkv": 0}
+        for name, count in said["kernels"].items():
+            kernels[next(part for part in ("fwd", "dkv", "dq") if part in name)] += count
+        cells = (
+            row["recipe"].removeprefix("configs/").replace(".py", ""),
+            row["slice"],
+            f"{said['product_flops'] / row['flops_a_step']['products']:.4f}",
+            *sent,
+            ", ".join(f"{count} {part}" for part, count in kernels.items()),
+            f"{said['compile_seconds']:.0f} s",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

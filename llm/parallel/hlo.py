@@ -132,18 +132,32 @@ class Program:
         if compare is not None:
             index, limit = (self._constant(condition, name, callers) for name in operands)
             direction = compare.attribute(r"direction=(\w+)")
-            start = self._start(condition, operands[0], callers)
-            if index is None and None not in (limit, start) and direction in ("LT", "LE"):
-                return max(0, limit - start + (direction == "LE"))
+            start, step = self._counter(condition, operands[0], callers)
+            known = None not in (limit, start, step)
+            if index is None and known and direction in ("LT", "LE"):
+                return max(0, -(-(limit - start + (direction == "LE")) // step))
         raise ValueError(f"the loop {loop.name!r} has no number of turns that its program fixes")
 
-    def _start(self, condition, name: str, callers: tuple) -> int | None:
-        """Return a loop's counter before the first turn."""
-        instruction = _without_copies(condition, name)
-        if instruction.opcode != "get-tuple-element":
-            return None
+    def _counter(self, condition, name: str, callers: tuple) -> tuple[int | None, int | None]:
+        """Return a loop's counter before the first turn, and what each turn adds to it."""
+        read = _without_copies(condition, name)
+        if read.opcode != "get-tuple-element":
+            return None, None
         outer, loop = callers[-1]
-        return self._element(outer, loop.operands[0], _index(instruction), callers[:-1])
+        start = self._element(outer, loop.operands[0], _index(read), callers[:-1])
+        body = self.computations[loop.attribute(r"\bbody=%([\w.\-]+)")]
+        after = _without_copies(body, body.root.name)
+        if after.opcode != "tuple":
+            return start, None
+        added = _without_copies(body, after.operands[_index(read)])
+        if added.opcode != "add":
+            return start, None
+        parts = [_without_copies(body, operand) for operand in added.operands]
+        steps = [
+            int(p.arguments) for p in parts if p.opcode == "constant" and p.arguments.isdigit()
+        ]
+        counts = [p for p in parts if p.opcode == "get-tuple-element" and _index(p) == _index(read)]
+        return start, steps[0] if steps and counts and steps[0] > 0 else None
 
     def _constant(self, computation, name: str, callers: tuple) -> int | None:
         """Return the value of a scalar that is constant, or that a loop only carries along."""

@@ -171,11 +171,13 @@ def _params_traffic(workload: Workload, sizes: Sizes) -> dict[str, float]:
             else:
                 times = 3
             sent["fsdp"] += micro * times * whole * (f - 1) / f
-        # Devices that hold the same part of a parameter but other tokens: their gradients' sum.
+        # Devices that hold the same part of a parameter but other tokens: their gradients' sum, of
+        # tables and head in float32.
+        width = 4 if "vocab" in array.names else workload.itemsize
         for axis in ("data", "expert", "context"):
             n = sizes[axis]
             if n > 1 and not any(axis in axes for axes in array.axes):
-                held = workload.itemsize * array.size / array.parts(sizes)
+                held = width * array.size / array.parts(sizes)
                 sent[axis] += micro * 2 * held * (n - 1) / n
     return dict(sent)
 

@@ -65,6 +65,20 @@ def test_every_kind_counts_its_bytes_and_turns(mesh):
     }
 
 
+def test_a_counter_may_go_by_more_than_one(mesh):
+    """From 1 below 10 by threes: three turns. So go products that a TPU runs in windows."""
+
+    def turn(carry):
+        count, x = carry
+        return count + 3, jnp.sin(lax.psum(x, "data"))
+
+    def fn(x):
+        return lax.while_loop(lambda carry: carry[0] < 10, turn, (1, x))[1]
+
+    (found,) = read_collectives(compile_for(mesh, fn, (ROWS, WIDTH)), mesh)
+    assert (found.count, found.total_bytes) == (3, 3 * SHARD)
+
+
 def test_collectives_over_several_axes_and_over_all(mesh):
     def fn(x):
         return lax.psum(x, ("data", "fsdp")), lax.all_gather(x, ("data", "fsdp"), tiled=True)
