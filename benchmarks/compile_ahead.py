@@ -108,7 +108,13 @@ def lower_run(config, group, devices):
         recipe.optimizer, logical_axes(model), width_ratio=recipe.model.width_ratio
     )
     step = make_train_step(
-        make_causal_lm_loss(model, z_loss=recipe.z_loss, tile_tokens=recipe.loss_tile_tokens),
+        make_causal_lm_loss(
+            model,
+            z_loss=recipe.z_loss,
+            tile_tokens=recipe.loss_tile_tokens,
+            router_balance_weight=recipe.router_balance_weight,
+            router_z_weight=recipe.router_z_weight,
+        ),
         optimizer,
         recipe.optimizer,
         make_schedule(

@@ -79,7 +79,7 @@ class Transformer(nn.Module):
         if c.num_cycles:  # none once `unstack` has made every layer a prefix layer
             self.cycle = nn.scan(
                 _rematerialise(Cycle, self.compute, scanned=not unrolled),
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "router": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 length=c.num_cycles,
@@ -145,8 +145,9 @@ class Transformer(nn.Module):
                     if c.positions == "alibi"
                     else None,
                 )
-                for kind in sorted(set(c.layer_kinds))
+                for kind in sorted({kind.removesuffix("_moe") for kind in c.layer_kinds})
             },
+            real=None if segment_ids is None else segment_ids > 0,
             rotary=rotary_angles(positions, c) if c.positions == "rotary" else None,
             deterministic=deterministic,
         )

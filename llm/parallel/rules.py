@@ -17,6 +17,9 @@ RULES: dict[str, MeshAxes] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "experts": ("expert",),
+    "expert_mlp": ("tensor",),
+    "router": (),  # the experts as the router's outputs: all of them are scored everywhere
     "positions": (),
     "norm": (),
     "activation_batch": ("data", "fsdp", "expert"),
@@ -26,6 +29,10 @@ RULES: dict[str, MeshAxes] = {
     "activation_kv_heads": ("tensor",),
     "activation_head_dim": (),
     "activation_mlp": ("tensor",),
+    "activation_experts": ("expert",),
+    "activation_expert_batch": ("data", "fsdp"),  # of tokens that have gone to their experts
+    "activation_capacity": ("context",),
+    "activation_expert_mlp": ("tensor",),
     "activation_vocab": ("tensor",),
     "activation_cache_length": (),
 }
