@@ -5,8 +5,8 @@
 
 Source of shape, batch, rates and decay: Moonshot AI 2025, arXiv:2507.20534, sections 2.3 to 2.5.
 Its Muon, which clips attention logits besides, multiplies updates by 0.2 times the root of a
-matrix's larger side: at 7,168 and a rate of 2e-4 that is 3.4e-3 of ours. Experts take at most 1.25 times
-their mean load: buffers that hold whatever comes would be 32 times as large over 32 devices.
+matrix's larger side: at 7,168 and a rate of 2e-4 that is 3.4e-3 of ours. Experts take at most 1.25
+times their mean load: buffers that hold whatever comes would be 32 times as large over 32 devices.
 """
 
 from configs.published import published

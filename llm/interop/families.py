@@ -125,7 +125,8 @@ def family_of(config: TransformerConfig) -> str:
 def _comparable(config: TransformerConfig) -> TransformerConfig:
     """Return the config without what weights do not depend on, unused fields at their defaults."""
     blank = TransformerConfig()
-    ignored = ["vocab_multiple", "dropout_rate", "initializer", "expert_capacity_factor"]
+    ignored = ["vocab_multiple", "dropout_rate", "initializer"]
+    ignored += ["expert_capacity_factor"]  # what trains with a capacity is served without
     if not config.moe_layers:
         ignored += ["experts_per_token", "expert_mlp_width", "shared_expert_width", "router_scale"]
         ignored += ["router_scores", "router_renormalise"]

@@ -1,7 +1,7 @@
 """Rows sent over the mesh's expert axis to the devices of their experts, and back. Models floor.
 
-To be called within shard_map. Each device may get everything: buffers are made for that. CPUs send
-whole buffers (`all_to_all`); TPUs only what is in them (`ragged_all_to_all`).
+To be called within shard_map. Each device may get everything: buffers are made for that. TPUs send
+only what is in them (`ragged_all_to_all`), others the whole (`all_to_all`).
 """
 
 from collections.abc import Callable

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm.interop.mup import fold_mup
 from llm.models.adapters import adapt_params, is_factor, merge_params
 from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
 from llm.models.grouped_dot import grouped_dot
 from llm.models.moe import MixtureOfExperts
 from llm.models.router import gather_sums
 from llm.models.transformer import Transformer, init_params
+from llm.models.unstack import unstack
 from llm.objectives.router import dropped_share, largest_expert_share, load_balance_loss
 from llm.training.loss import make_causal_lm_loss
 
@@ -237,6 +239,26 @@ def test_the_losses_enter_the_objective_as_weighted_and_padding_does_not():
     assert sums["router_dropped"] == 0
     again, others = make_causal_lm_loss(model, **weights)(params, other, None)
     assert objective == pytest.approx(float(again)), (sums, others)
+
+
+def test_mups_router_is_folded_into_its_kernel_for_export():
+    compute = ComputeConfig(dtype="float64")
+    config = dataclasses.replace(CONFIG, mup_base_width=2)
+    params = init_params(Transformer(config, compute), jax.random.key(0))
+    params = jax.tree.map(lambda x: 5 * x, params)
+    plain, folded = fold_mup(config, params)
+    tokens = jax.random.randint(jax.random.key(5), (2, 12), 0, 60)
+    expected = Transformer(config, compute).apply({"params": params}, tokens)
+    found = Transformer(plain, compute).apply({"params": folded}, tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_decoding_keeps_the_routers_precision():
+    model = Transformer(CONFIG, ComputeConfig(dtype="bfloat16"))
+    with jax.enable_x64(False):
+        flat = unstack(model, init_params(model, jax.random.key(0)))
+    assert flat["prefix_1"]["mlp"]["router"]["scores"]["kernel"].dtype == jnp.float32
+    assert flat["prefix_1"]["mlp"]["experts"]["up"]["kernel"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
