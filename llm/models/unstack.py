@@ -21,9 +21,9 @@ def unstacked(model: Transformer) -> Transformer:
 def unstack(model: Transformer, params: dict) -> dict:
     """Return the parameters of `unstacked(model)`, in the compute dtype and gathered over fsdp.
 
-    Norms, routers and quantised kernels keep their types, as in the model itself. To be called once, before
-    a loop over tokens; of an unstacked model the parameters come back as they are. NumPy arrays
-    stay on the host.
+    Norms, routers and quantised kernels keep their types, as in the model itself. To be called
+    once, before a loop over tokens; of an unstacked model the parameters come back as they are.
+    NumPy arrays stay on the host.
     """
     config, dtype = model.config, jnp.dtype(model.compute.dtype)
     params = jax.tree_util.tree_map_with_path(
