@@ -3,9 +3,10 @@
     python -m experiments.pretrain --config=configs/moe_tiny.py --workdir=runs/moe_tiny
 
 As configs/pretrain_tiny.py, with the width of its feed-forward block for each token spread over
-experts. Watch train/router_balance (2 where all experts get their share), train/router_z and
-train/router_largest_share. With room for one and a half times the mean the experts are as cheap on
-a CPU as what they do; --config.model.expert_capacity_factor=None drops no token.
+experts. Watch train/router_balance (2 where all experts get their share), train/router_z,
+train/router_largest_share and train/router_dropped. A CPU multiplies ragged groups of tokens by
+every expert, so experts have a capacity here; --config.model.expert_capacity_factor=None takes it
+away, and no token is dropped.
 """
 
 from configs import pretrain_tiny
