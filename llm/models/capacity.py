@@ -43,7 +43,7 @@ def with_capacity(
     b, t, d = x.shape
     e = routing.scores.shape[-1]
     places, kept = _places(routing.experts, real, e, capacity)
-    rows = jnp.broadcast_to(jnp.arange(t)[:, None], places.shape[1:])
+    rows = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[:, None], places.shape[1:])
     nothing = jnp.full(e * capacity, t, jnp.int32)  # a token that is not there
     tokens = jax.vmap(lambda at: nothing.at[at].set(rows, mode="drop"))(places)
     buffers = jnp.take_along_axis(x, tokens[..., None], axis=1, mode="fill", fill_value=0)

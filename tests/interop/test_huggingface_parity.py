@@ -59,7 +59,7 @@ def mixtral(**options):
 
 def qwen3_moe(**options):
     heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-    experts = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=10)
+    experts = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12)
     return transformers.Qwen3MoeConfig(**SHAPE | heads | experts | options)
 
 
@@ -96,7 +96,7 @@ CASES = {
     ),
     "mixtral": lambda: mixtral(),
     "mixtral-window-tied": lambda: mixtral(
-        num_local_experts=3, num_experts_per_tok=1, sliding_window=7, tie_word_embeddings=True
+        num_local_experts=3, sliding_window=7, tie_word_embeddings=True
     ),
     "qwen3-moe": lambda: qwen3_moe(),
     "qwen3-moe-dense-first": lambda: qwen3_moe(
