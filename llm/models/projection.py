@@ -101,7 +101,7 @@ class Projection(nn.Module):
     def weights(self) -> Weights:
         """Return the kernel, restored from how it is stored, and the factors, in `dtype`."""
         weights = {"kernel": self._kernel, **self._factors}
-        return {name: x.astype(self.dtype) for name, x in weights.items()}
+        return {name: jnp.asarray(x, self.dtype) for name, x in weights.items()}
 
     def weight_axes(self) -> dict[str, tuple[str | None, ...]]:
         """Return the logical axes of each of `weights`."""

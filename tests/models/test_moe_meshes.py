@@ -140,7 +140,7 @@ def test_decoding_on_a_mesh_is_the_full_forward(batch):
     """Batches smaller than the mesh are padded on their way to the experts."""
     model = Transformer(CONFIG, dataclasses.replace(COMPUTE, remat="none"))
     params, tokens, _ = inputs()
-    tokens = tokens[:batch]
+    tokens = tokens[:batch].astype(np.int32)
     expected = model.apply({"params": params}, tokens)
     flat = unstacked(model)
     with jax.set_mesh(mesh_of(dict(expert=4, fsdp=2))):
