@@ -155,15 +155,15 @@ def test_full_experts_turn_later_tokens_away_and_never_earlier_ones():
     module, params, x = block(dataclasses.replace(CONFIG, expert_capacity_factor=0.5))
     changed = x.copy()
     changed[:, 6:] = np.random.default_rng(5).normal(size=changed[:, 6:].shape)
-    one, other = (module.apply({"params": params}, y, real=None) for y in (x, changed))
+    apply = jax.jit(lambda y: module.apply({"params": params}, y, real=None))
+    one, other = apply(x), apply(changed)
     np.testing.assert_array_equal(one[:, :6], other[:, :6])
 
 
 def test_sums_of_parts_add_up_and_losses_are_known_where_balance_is():
     module, params, x = block(CONFIG)
-    sums = lambda x: gather_sums(  # noqa: E731
-        module.apply({"params": params}, x, real=None, mutable=["router"])[1]
-    )
+    apply = functools.partial(module.apply, real=None, mutable=["router"])
+    sums = jax.jit(lambda x: gather_sums(apply({"params": params}, x)[1]))
     added = jax.tree.map(jnp.add, sums(x[:1]), sums(x[1:]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), added, sums(x))
     even, tokens = jnp.full((2, 6), 4.0), jnp.full(2, 12.0)  # two experts of six to each of 12
@@ -179,18 +179,19 @@ def test_rows_of_no_group_give_nothing_and_vmap_is_a_loop():
     random = np.random.default_rng(0)
     rows, kernels = random.normal(size=(2, 9, 4)), random.normal(size=(2, 3, 4, 5))
     sizes = np.array([[4, 0, 3], [2, 2, 2]])
+    out = np.asarray(jax.jit(jax.vmap(grouped_dot))(rows, kernels, sizes))
     loss = lambda r, k, s: jnp.sum(jnp.sin(grouped_dot(r, k, s)))  # noqa: E731
     grads = jax.vmap(jax.grad(loss, (0, 1)), in_axes=(1, 0, 0))
-    mapped = grads(rows.swapaxes(0, 1), kernels, sizes)
+    to_rows, to_kernels = map(np.asarray, jax.jit(grads)(rows.swapaxes(0, 1), kernels, sizes))
     for i in range(2):
         ends = np.cumsum(sizes[i])
-        out = grouped_dot(rows[i], kernels[i], sizes[i])
         for e, (start, end) in enumerate(zip(ends - sizes[i], ends, strict=True)):
-            np.testing.assert_allclose(out[start:end], rows[i, start:end] @ kernels[i, e])
-            slope = np.cos(out[start:end])
-            np.testing.assert_allclose(mapped[1][i, e], rows[i, start:end].T @ slope, atol=1e-12)
-            np.testing.assert_allclose(mapped[0][i, start:end], slope @ kernels[i, e].T, atol=1e-12)
-        assert not np.any(out[ends[-1] :]) and not np.any(mapped[0][i, ends[-1] :])
+            mine = slice(start, end)
+            np.testing.assert_allclose(out[i, mine], rows[i, mine] @ kernels[i, e], atol=1e-12)
+            slope = np.cos(out[i, mine])
+            np.testing.assert_allclose(to_kernels[i, e], rows[i, mine].T @ slope, atol=1e-12)
+            np.testing.assert_allclose(to_rows[i, mine], slope @ kernels[i, e].T, atol=1e-12)
+        assert not np.any(out[i, ends[-1] :]) and not np.any(to_rows[i, ends[-1] :])
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,10 @@ def test_adapted_experts_are_the_merged_ones(quantize, factor):
     params = adapt_params(model, base, jax.random.key(1))
     random = np.random.default_rng(2)
     params = jax.tree_util.tree_map_with_path(
-        lambda path, x: random.normal(0, 0.3, x.shape) if is_factor(path[-1].key) else x, params
+        lambda path, x: (
+            jnp.asarray(random.normal(0, 0.3, x.shape)) if is_factor(path[-1].key) else x
+        ),
+        params,
     )
     experts = params["cycle"]["layer_0"]["mlp"]["experts"]["up"]
     assert experts["lora_a"].shape == (1, 6, 8, 2) and experts["lora_b"].shape == (1, 6, 2, 6)
