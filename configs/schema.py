@@ -88,13 +88,17 @@ class TrainingConfig:
     run: RunConfig = RunConfig()
     accumulate_steps: int = 1  # microbatches a step
     z_loss: float = 0.0
+    # Of models with experts: Switch's weight of the balance, ST-MoE's of the routers' log² Z.
+    router_balance_weight: float = 0.01
+    router_z_weight: float = 0.001
     loss_tile_tokens: int = 4096  # logits exist for so many tokens at a time
     seed: int = 0
 
     def __post_init__(self):
         check_ranges(
-            self, size="accumulate_steps loss_tile_tokens", not_negative="z_loss", seed="seed"
-        )
+            self, size="accumulate_steps loss_tile_tokens", seed="seed",
+            not_negative="z_loss router_balance_weight router_z_weight",
+        )  # fmt: skip
         batch, parts = self.data.batch_sequences, self.accumulate_steps
         check_multiple("data.batch_sequences", batch, "accumulate_steps", parts)
         self.spikes.check_run(self.run)

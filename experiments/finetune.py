@@ -65,7 +65,13 @@ def finetune(config: FinetuneConfig, workdir: str) -> None:
     rates = make_rates(
         config.trainable, model_config, param_shapes(model), adapted=config.adapter.rank > 0
     )
-    loss_fn = make_causal_lm_loss(model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens)
+    loss_fn = make_causal_lm_loss(
+        model,
+        z_loss=config.z_loss,
+        tile_tokens=config.loss_tile_tokens,
+        router_balance_weight=config.router_balance_weight,
+        router_z_weight=config.router_z_weight,
+    )
     optimizer = make_optimizer(
         config.optimizer, split(logical_axes(model), rates)[0], width_ratio=model_config.width_ratio
     )

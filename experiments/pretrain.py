@@ -45,7 +45,13 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
 
     # Model
     model = Transformer(config.model, config.compute)
-    loss_fn = make_causal_lm_loss(model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens)
+    loss_fn = make_causal_lm_loss(
+        model,
+        z_loss=config.z_loss,
+        tile_tokens=config.loss_tile_tokens,
+        router_balance_weight=config.router_balance_weight,
+        router_z_weight=config.router_z_weight,
+    )
     optimizer = make_optimizer(
         config.optimizer, logical_axes(model), width_ratio=config.model.width_ratio
     )

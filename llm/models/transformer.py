@@ -22,6 +22,7 @@ from llm.models.norms import Norm
 from llm.models.pipeline import num_stages, run_pipeline
 from llm.models.positions import rotary_angles, sinusoidal_embedding
 from llm.models.projection import Projection, float32_product
+from llm.models.router import COLLECTION
 from llm.parallel.rules import constrain, gathered
 
 Tokens = Int[Array, "B T"]
@@ -81,7 +82,7 @@ class Transformer(nn.Module):
         if c.num_cycles:  # none once `unstack` has made every layer a prefix layer
             self.cycle = nn.scan(
                 _rematerialise(Cycle, self.compute, scanned=not unrolled),
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "router": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 length=c.num_cycles,
@@ -145,8 +146,9 @@ class Transformer(nn.Module):
                     prefix=prefix,
                     alibi_heads=c.num_heads if c.positions == "alibi" else None,
                 )
-                for kind in sorted(set(c.layer_kinds))
+                for kind in sorted({kind.removesuffix("_moe") for kind in c.layer_kinds})
             },
+            real=None if segment_ids is None else segment_ids > 0,
             rotary=rotary_angles(positions, c) if c.positions == "rotary" else None,
             deterministic=deterministic,
         )
@@ -184,13 +186,16 @@ class Transformer(nn.Module):
         module = _rematerialise(Cycle, self.compute, scanned=True)
         cycle = module(self.config, self.compute, self.adapter, parent=None)
         key = None if inputs.deterministic else self.make_rng("dropout")
+        reported = [COLLECTION] if self.is_mutable_collection(COLLECTION) else []
 
         def stage(params, x, inputs, turn):
             def one(x, of_cycle):
                 params, i = of_cycle
                 rngs = {} if key is None else {"dropout": jax.random.fold_in(key, i)}
-                x, _ = cycle.apply({"params": params}, x, None, inputs, rngs=rngs)
-                return x, {}
+                (x, _), report = cycle.apply(
+                    {"params": params}, x, None, inputs, rngs=rngs, mutable=reported
+                )
+                return x, report
 
             number = jax.tree.leaves(params)[0].shape[0]
             unroll = number if self.compute.unroll_layers else 1
@@ -198,7 +203,9 @@ class Transformer(nn.Module):
 
         axes = logical_axes(self.clone(parent=None))["cycle"]
         params = self.variables["params"]["cycle"]
-        x, _ = run_pipeline(stage, params, axes, x, inputs, self.compute)
+        x, reports = run_pipeline(stage, params, axes, x, inputs, self.compute)
+        for name, report in reports.items():
+            self.put_variable(name, "cycle", report)
         return x
 
     def _embed(self, tokens, positions, deterministic):

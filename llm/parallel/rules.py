@@ -21,6 +21,9 @@ RULES: dict[str, MeshAxes] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "experts": ("expert",),
+    "expert_mlp": ("tensor",),
+    "router": (),  # the experts as the router's outputs: all of them are scored everywhere
     "positions": (),
     "norm": (),
     # Outside the stages of a pipeline its devices share the batch too: embedding and head.
@@ -32,17 +35,26 @@ RULES: dict[str, MeshAxes] = {
     "activation_whole_row_heads": ("tensor", "context"),  # where each device sees whole rows
     "activation_head_dim": (),
     "activation_mlp": ("tensor",),
+    "activation_experts": ("expert",),
+    "activation_expert_batch": (
+        "data",
+        "fsdp",
+        "pipeline",
+    ),  # of tokens that have gone to their experts
+    "activation_capacity": ("context",),
+    "activation_expert_mlp": ("tensor",),
     "activation_vocab": ("tensor",),
     "activation_cache_length": (),
 }
 
+_OF_STAGES = ("data", "fsdp", "pipeline")
 _in_stage = contextvars.ContextVar("in_stage", default=False)
 
 
 @contextlib.contextmanager
 def inside_stage() -> Iterator[None]:
-    """Within the block a batch is what one stage works on in one group of devices along data and
-    fsdp (see llm/models/pipeline.py): the expert axis alone splits it."""
+    """Within the block arrays are those of one stage and one group of devices along data and fsdp,
+    whose axes split nothing there: see llm/models/pipeline.py."""
     before = _in_stage.set(True)
     try:
         yield
@@ -53,8 +65,8 @@ def inside_stage() -> Iterator[None]:
 def mesh_axes(name: str | None) -> MeshAxes:
     """Return the mesh axes that cut a dimension of that logical name."""
     axes = () if name is None else RULES[name]
-    if _in_stage.get() and name == "activation_batch":
-        return tuple(axis for axis in axes if axis == "expert")
+    if _in_stage.get():
+        return tuple(axis for axis in axes if axis not in _OF_STAGES)
     return axes
 
 

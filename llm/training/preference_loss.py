@@ -1,5 +1,9 @@
 """Losses on batches of comparisons, as the train step takes them: scores, or a policy's own
-log-probabilities. Second floor."""
+log-probabilities. Second floor.
+
+Routers of a model with experts get no losses of their own here, as in RLHF: such stages are short,
+and keep the balance that pretraining and fine-tuning asked for.
+"""
 
 from collections.abc import Callable
 
