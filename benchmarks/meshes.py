@@ -76,8 +76,12 @@ class Case(NamedTuple):
     def name(self) -> str:
         sizes = {axis: getattr(self.mesh, axis) for axis in MESH_AXES}
         parts = [f"{axis} {size}" for axis, size in sizes.items() if size != 1]
-        shown = (self.compute | self.model).items()
-        return ", ".join([" × ".join(parts), *(f"{key}={value}" for key, value in shown)])
+        model = self.model
+        if "num_experts" in model:
+            form = "capacity" if "expert_capacity_factor" in model else "dropless"
+            model = {"experts": form}
+        shown = (f"{key}={value}" for key, value in (self.compute | model).items())
+        return ", ".join([" × ".join(parts), *shown])
 
 
 def one(**sizes: int) -> MeshConfig:
@@ -85,6 +89,10 @@ def one(**sizes: int) -> MeshConfig:
     return MeshConfig(**({"data": 1} | sizes))
 
 
+DROPLESS = dict(
+    cycle_layers=("global_moe",), num_experts=4, experts_per_token=2, expert_mlp_width=16
+)
+WITH_CAPACITY = DROPLESS | dict(expert_capacity_factor=1.25)
 CASES = (
     Case(one(data=8)),
     Case(one(fsdp=8)),
@@ -100,7 +108,11 @@ CASES = (
     Case(one(pipeline=2, context=2, tensor=2), {"pipeline_repeats": 2}),
     Case(one(pipeline=2, data=2, context=2), model={"sliding_window_tokens": 5,
                                                     "cycle_layers": ("local", "global")}),
-    Case(one(expert=8)),
+    Case(one(expert=4, fsdp=2), model=DROPLESS),
+    Case(one(expert=2, context=2, tensor=2), model=DROPLESS),
+    Case(one(pipeline=2, expert=2, fsdp=2), {"pipeline_repeats": 2}, DROPLESS),
+    Case(one(expert=4, data=2), model=WITH_CAPACITY),
+    Case(one(pipeline=2, expert=2, tensor=2), model=WITH_CAPACITY),
 )  # fmt: skip
 
 
@@ -152,7 +164,8 @@ def _first_moment(opt_state) -> list:
 
 def _pretrain(config, compute, mesh, adapter=None, kept: float = 1.0) -> Problem:
     model = Transformer(config, compute, adapter or AdapterConfig())
-    loss_fn = make_causal_lm_loss(model, z_loss=1e-3, tile_tokens=64)
+    routers = dict(router_balance_weight=1e-2, router_z_weight=1e-3)
+    loss_fn = make_causal_lm_loss(model, z_loss=1e-3, tile_tokens=64, **routers)
     return _supervised(model, loss_fn, mesh, lambda random: _packed_rows(random, kept))
 
 

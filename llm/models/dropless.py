@@ -15,7 +15,7 @@ from llm.models.exchange import exchange_rows
 from llm.models.feed_forward import Hidden
 from llm.models.projection import Weights
 from llm.models.router import Routing
-from llm.parallel.rules import mesh_axes, partition_spec, ways
+from llm.parallel.rules import is_inside_stage, mesh_axes, partition_spec, ways
 
 Rows = Float[Array, "M D"]
 Counts = Int[Array, " E"]
@@ -60,7 +60,11 @@ def dropless(
         y = _route(x, experts, gates, weights, feed, num_experts, mesh.shape[expert_axis])
         return jax.lax.psum(y, mesh_axes("expert_mlp"))
 
-    mapped = jax.shard_map(local, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens)
+    # Mapped over stages and groups, JAX 0.10 loses account of what varies along which axis; it then
+    # sums all gradients of what is not split, as `_vary` has them summed.
+    accounts = not is_inside_stage()
+    in_specs = (tokens, tokens, tokens, specs)
+    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=tokens, check_vma=accounts)
     padded = (
         _pad(x, mesh),
         _pad(experts, mesh, num_experts),
@@ -142,6 +146,8 @@ def _gather(weight: Array, names: tuple[str | None, ...]) -> Array:
 def _vary(x: Array, names: tuple[str | None, ...]) -> Array:
     """Return x, the same along the mesh axes that no name splits, as one that may differ along
     them: its gradient is then summed over them."""
+    if is_inside_stage():
+        return x
     axes = (
         axis
         for name in ("activation_batch", "activation_length", "expert_mlp")

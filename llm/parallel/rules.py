@@ -36,11 +36,8 @@ RULES: dict[str, MeshAxes] = {
     "activation_head_dim": (),
     "activation_mlp": ("tensor",),
     "activation_experts": ("expert",),
-    "activation_expert_batch": (
-        "data",
-        "fsdp",
-        "pipeline",
-    ),  # of tokens that have gone to their experts
+    # Of tokens that have gone to their experts.
+    "activation_expert_batch": ("data", "fsdp", "pipeline"),
     "activation_capacity": ("context",),
     "activation_expert_mlp": ("tensor",),
     "activation_vocab": ("tensor",),
@@ -60,6 +57,11 @@ def inside_stage() -> Iterator[None]:
         yield
     finally:
         _in_stage.reset(before)
+
+
+def is_inside_stage() -> bool:
+    """Whether what is traced is of one stage and group."""
+    return _in_stage.get()
 
 
 def mesh_axes(name: str | None) -> MeshAxes:
