@@ -400,8 +400,9 @@ class SweepConfig:
             )
         if not self.members:
             raise ValueError("members is empty: there is nothing to run")
-        for member in self.members + self.shared:
-            if not isinstance(member, dict) or not all(isinstance(name, str) for name in member):
-                raise ValueError(f"members has {shown(member)}: each is a dict of field: value")
+        for name in ("members", "shared"):
+            for each in getattr(self, name):
+                if not isinstance(each, dict) or not all(isinstance(field, str) for field in each):
+                    raise ValueError(f"{name} has {shown(each)}: each is a dict of field: value")
         if self.halving and self.stage in ("speedrun", "scaling", "emergence"):
             raise ValueError(f"halving: a {self.stage} has no steps of its own to be stopped at")
