@@ -138,7 +138,11 @@ def plan_text(report: Mapping[str, Any]) -> str:
         + (f"; as compiled at most {compiled['mfu_bound']:.1%}" if compiled else ""),
         f"tokens a day           {report['tokens_a_day']:.3e}",
         f"the whole run          {format_duration(report['days'] * 86400)}"
-        + ("" if report["dollars"] is None else f", {report['dollars']:,.0f} dollars"),
+        + (
+            "; its price needs run.chip_hour_dollars"
+            if report["dollars"] is None
+            else f", {report['dollars']:,.0f} dollars"
+        ),
     ]
     return "\n".join(lines)
 

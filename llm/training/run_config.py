@@ -48,11 +48,9 @@ class RunConfig:
     allow_code_change: bool = False
     allow_data_change: bool = False
     wandb_project: str = ""  # also log to Weights & Biases, when not empty
-    # What `experiments.plan` reckons with, by the chip's name in llm/scaling/hardware.py: Google
-    # Cloud's list prices on demand in the United States, 2025. Yours may be others.
-    chip_hour_dollars: dict[str, float] = dataclasses.field(
-        default_factory=lambda: {"v5e": 1.2, "v5p": 4.2, "v6e": 2.7, "h100": 11.06, "h200": 10.6}
-    )
+    # What `experiments.plan` reckons with, by the chip's name in llm/scaling/hardware.py: what you
+    # pay, {"v5p": 4.2}. Prices change, and no table of them is kept here.
+    chip_hour_dollars: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_ranges(

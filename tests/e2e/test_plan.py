@@ -31,7 +31,8 @@ def plan(*arguments):
 
 
 def test_a_large_run_is_planned_without_a_tpu():
-    report = plan("--config=configs/gpt3_175b.py", "--slice=v5p:8x8x8", "--nocompile")
+    price = "--config.run.chip_hour_dollars={'v5p': 4.2}"
+    report = plan("--config=configs/gpt3_175b.py", price, "--slice=v5p:8x8x8", "--nocompile")
     params = 174_604_259_328  # Brown et al. 2020, table 2.1, as tests/models/test_presets.py counts
     memory, flops = report["memory_gb"], report["flops_a_step"]
     # float32, and AdamW's two moments; biases and norms are not split over all 512
