@@ -1,7 +1,7 @@
 """Do all meshes train alike? Five steps of each stage on eight devices against one, in float64.
 
     python -m benchmarks.meshes
-    python -m benchmarks.meshes --stages=ppo --only=pipeline
+    python -m benchmarks.meshes --stages=ppo --mesh=pipeline
 
 The devices are eight of the CPU's. Compared are the loss of each step, the gradient of the first
 (the optimizer's first moment after it) and the parameters after the last: the largest difference of
@@ -42,7 +42,7 @@ from llm.training.step import make_train_step
 from llm.training.trainable import make_rates, split
 
 _STAGES = flags.DEFINE_list("stages", ["pretrain", "sft", "reward", "ppo"], "Which stages.")
-_ONLY = flags.DEFINE_string("only", "", "Only meshes whose name this is found in.")
+_ONLY = flags.DEFINE_string("mesh", "", "Only meshes whose name this is found in.")
 
 
 NUM_STEPS = 5

@@ -18,6 +18,7 @@ from etils import epath
 
 from configs.schema import SweepConfig
 from experiments import entry
+from experiments.run_flags import WORKDIR
 from experiments.sweep_cost import listing
 from experiments.sweep_members import SweepMember, record_sweep, resolve
 from experiments.sweep_report import write_sweep_report
@@ -30,7 +31,6 @@ from llm.launch.slurm import SlurmExecutor
 from llm.parallel.mesh import ALONE
 from llm.training.files import absolute, is_local
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the members are kept.", required=True)
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "List the members with their cost, and stop.")
 _REPORT_ONLY = flags.DEFINE_boolean("report_only", False, "Start nothing; report what there is.")
 
@@ -41,7 +41,7 @@ _CARRIED = "~/carried"  # on a slice: a recipe that is not in the checkout
 def main(sweep: SweepConfig) -> None:
     jax.config.update("jax_platforms", "cpu")  # the accelerators are the members'
     members = resolve(sweep)
-    workdir = absolute(_WORKDIR.value)
+    workdir = absolute(WORKDIR.value)
     executor = make_executor(sweep, workdir)
     if _DRY_RUN.value:
         print(listing(sweep, members))
