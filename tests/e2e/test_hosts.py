@@ -32,7 +32,7 @@ def count(self):
 l.Batches.__next__ = count
 atexit.register(lambda: open({path!r}, "w").write(json.dumps(rows)))
 """
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,10 @@ def train(folder, workdir, num_processes, *mesh):
     ("num_processes", "mesh", "shares"),
     [
         (2, ("data=1", "tensor=2"), 1),
-        pytest.param(2, ("fsdp=2",), 2, marks=pytest.mark.long),
-        pytest.param(2, ("data=1", "pipeline=2"), 2, marks=pytest.mark.long),
-        pytest.param(4, ("data=1", "fsdp=2", "context=2"), 2, marks=pytest.mark.long),
-        pytest.param(4, ("data=2", "tensor=2"), 2, marks=pytest.mark.long),
+        (2, ("fsdp=2",), 2),
+        (2, ("data=1", "pipeline=2"), 2),
+        (4, ("data=1", "fsdp=2", "context=2"), 2),
+        (4, ("data=2", "tensor=2"), 2),
     ],
 )
 def test_processes_train_what_one_trains(folder, tmp_path, num_processes, mesh, shares):
