@@ -65,7 +65,7 @@ class GroupedSplit(PreparedSplit):
         _allow_open_files()
 
     @property
-    def groups(self) -> Sequence[PreparedSplit]:
+    def groups(self) -> "_Groups":
         return _Groups(self._open, len(self._ends))
 
     @property
