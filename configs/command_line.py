@@ -68,14 +68,29 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[Override]
     return others, overrides
 
 
-def load_config(recipe: str, overrides: Sequence[Override], config_type: type) -> Any:
+def as_override(path: str, value: Any) -> Override:
+    """Return what sets a field to a Python value: the text that is typed for it."""
+    if hasattr(value, "item"):  # numpy's numbers
+        value = value.item()
+    if isinstance(value, str):
+        return Override(path, value)
+    return Override(path, "none" if value is None else repr(value))
+
+
+def load_config(
+    recipe: str, overrides: Sequence[Override], config_type: type | tuple[type, ...]
+) -> Any:
     """Return the dataclass that a recipe (`path.py` or `path.py:argument`) and overrides describe.
+
+    Of several types it is the one whose fields the recipe has.
 
     Raises:
       FileNotFoundError: no such recipe.
       ConfigError: the recipe or an override does not fit `config_type`.
     """
     config = load_recipe(recipe)
+    if isinstance(config_type, tuple):
+        config_type = _type_of(config, config_type, recipe)
     for override in overrides:
         apply_override(config, override, config_type)
     return from_config_dict(config, config_type)
@@ -115,6 +130,14 @@ def load_recipe(recipe: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"recipe {path}: get_config returned {config!r}, not a ConfigDict")
     return config
+
+
+def _type_of(config: ConfigDict, types: tuple[type, ...], recipe: str) -> type:
+    for each in types:
+        if set(field_types(each)) == set(config):
+            return each
+    names = ", ".join(each.__name__ for each in types)
+    raise ConfigError(f"recipe {recipe} is none of the kinds that this experiment takes: {names}")
 
 
 def _find_recipe(path: str) -> Path:

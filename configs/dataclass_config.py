@@ -123,17 +123,18 @@ def unknown_field(path: str, name: str, config_type: type) -> ConfigError:
     hint = did_you_mean(name, names)
     if not hint:
         # Right name in the wrong place: config.learning_rate for config.optimizer.learning_rate.
-        below = [key for key in _paths_below(config_type) if key.rsplit(".", 1)[-1] == name]
+        below = [key for key in paths_below(config_type) if key.rsplit(".", 1)[-1] == name]
         hint = f"; did you mean {path}.{below[0]}?" if below else f"; it has {', '.join(names)}"
     return ConfigError(f"{path} has no field {name!r}{hint}")
 
 
-def _paths_below(config_type: type) -> Iterable[str]:
+def paths_below(config_type: type) -> Iterable[str]:
+    """Yield the dotted names of a dataclass's fields and sections, and of those in sections."""
     for name, annotation in field_types(config_type).items():
         yield name
         for member in union_members(annotation):
             if dataclasses.is_dataclass(member):
-                yield from (f"{name}.{rest}" for rest in _paths_below(member))
+                yield from (f"{name}.{rest}" for rest in paths_below(member))
 
 
 # ------------------------------------------------------------- dataclass to ConfigDict

@@ -4,7 +4,7 @@
 
 Runs of one shape spread over the chips, one or some a chip: narrow intervals where the smaller
 recipes have three, five or eight seeds. Compiled for v5p:4x4x4 without
-one (benchmarks/compile_ahead.py; benchmarks/RESULTS.md has the memory); not run.
+one (experiments.plan; benchmarks/RESULTS.md has the memory); not run.
 """
 
 import dataclasses

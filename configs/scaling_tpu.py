@@ -3,7 +3,7 @@
     python -m experiments.scaling --config=configs/scaling_tpu.py --workdir=gs://BUCKET/scaling
 
 Each run spreads over the whole slice (fsdp). Compiled for v5p:4x4x4 without one
-(benchmarks/compile_ahead.py; benchmarks/RESULTS.md has the memory); not run.
+(experiments.plan; benchmarks/RESULTS.md has the memory); not run.
 """
 
 from configs.dataclass_config import to_config_dict

@@ -1,11 +1,26 @@
 """Every field of every stage on one page. Sections are declared beside the code that reads them."""
 
 import dataclasses
+from typing import Any, Literal
 
 from llm.data.config import ComparisonsConfig, DataConfig, SourceConfig, TokenizerConfig
 from llm.evaluation.config import JudgeConfig
+from llm.launch.config import (
+    CostConfig,
+    HalvingConfig,
+    LocalConfig,
+    SkyPilotConfig,
+    SlurmConfig,
+)
 from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
-from llm.parallel.checks import as_steps, check_multiple, check_names, check_one_given, check_ranges
+from llm.parallel.checks import (
+    as_steps,
+    check_multiple,
+    check_names,
+    check_one_given,
+    check_ranges,
+    shown,
+)
 from llm.parallel.config import MeshConfig
 from llm.rl.config import (
     AlgorithmConfig,
@@ -73,13 +88,17 @@ class TrainingConfig:
     run: RunConfig = RunConfig()
     accumulate_steps: int = 1  # microbatches a step
     z_loss: float = 0.0
+    # Of models with experts: Switch's weight of the balance, ST-MoE's of the routers' log² Z.
+    router_balance_weight: float = 0.01
+    router_z_weight: float = 0.001
     loss_tile_tokens: int = 4096  # logits exist for so many tokens at a time
     seed: int = 0
 
     def __post_init__(self):
         check_ranges(
-            self, size="accumulate_steps loss_tile_tokens", not_negative="z_loss", seed="seed"
-        )
+            self, size="accumulate_steps loss_tile_tokens", seed="seed",
+            not_negative="z_loss router_balance_weight router_z_weight",
+        )  # fmt: skip
         batch, parts = self.data.batch_sequences, self.accumulate_steps
         check_multiple("data.batch_sequences", batch, "accumulate_steps", parts)
         self.spikes.check_run(self.run)
@@ -352,3 +371,38 @@ class EmergenceConfig:
     few_shot: FewShotConfig | None = None
     compute: ComputeConfig = ComputeConfig()
     run: RunConfig = RunConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """`experiments.sweep`: runs of one stage that differ in some fields, and which was best."""
+
+    stage: Literal[
+        "pretrain", "finetune", "reward", "preference", "rlhf", "speedrun", "scaling", "emergence"
+    ] = "pretrain"
+    recipe: str = ""  # of the stage, as its --config
+    # {field of the stage's config: value} each; configs/sweep_space.py makes them
+    members: tuple[Any, ...] = ()
+    shared: tuple[Any, ...] = ()  # likewise, what every member has as well: no part of its name
+    metric: str = "train/loss"  # of metrics.jsonl: its last value is what members are compared by
+    goal: Literal["min", "max"] = "min"
+    executor: Literal["local", "slurm", "skypilot"] = "local"
+    local: LocalConfig = LocalConfig()
+    slurm: SlurmConfig = SlurmConfig()
+    skypilot: SkyPilotConfig = SkyPilotConfig()
+    halving: HalvingConfig | None = None  # None: all members run to their end
+    cost: CostConfig = CostConfig()
+
+    def __post_init__(self):
+        if not self.recipe:
+            raise ValueError(
+                "recipe is empty: name a recipe of the stage, e.g. configs/depth.py:12"
+            )
+        if not self.members:
+            raise ValueError("members is empty: there is nothing to run")
+        for name in ("members", "shared"):
+            for each in getattr(self, name):
+                if not isinstance(each, dict) or not all(isinstance(field, str) for field in each):
+                    raise ValueError(f"{name} has {shown(each)}: each is a dict of field: value")
+        if self.halving and self.stage in ("speedrun", "scaling", "emergence"):
+            raise ValueError(f"halving: a {self.stage} has no steps of its own to be stopped at")

@@ -46,14 +46,15 @@ _json_output = sys.stdout
 
 def run(
     main: Callable[..., None],
-    config_type: type | None = None,
+    config_type: type | tuple[type, ...] | None = None,
     *,
     default_config: str | None = None,
 ) -> None:
     """Parse the command line and call `main(config)`, or `main()` without a `config_type`.
 
     With a `config_type` the experiment has `--config=recipe.py[:argument]` and one override for
-    every field, `--config.optimizer.learning_rate=3e-4`; both are checked before `main` starts.
+    every field, `--config.optimizer.learning_rate=3e-4`; both are checked before `main` starts. Of
+    several types the recipe's own is taken.
 
     Exit codes: 0; 2 a mistake of the user's (one line on standard error); 130 Ctrl-C; 141 the
     reader of a pipe went away; 1 and a traceback for a bug. SystemExit passes, so Run's 75 does.
@@ -133,7 +134,9 @@ def print_json(report: Any) -> None:
 # ------------------------------------------------------------------------- command line
 
 
-def _parse_command_line(argv: Sequence[str], config_type: type | None) -> tuple[Any, ...]:
+def _parse_command_line(
+    argv: Sequence[str], config_type: type | tuple[type, ...] | None
+) -> tuple[Any, ...]:
     """Parse flags and config; return the arguments of `main`."""
     program, *arguments = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
     overrides = []

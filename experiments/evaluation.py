@@ -11,6 +11,7 @@ from llm.evaluation.language_modeling import make_score_step, score_splits
 from llm.generation.config import SamplingConfig
 from llm.generation.generator import Generator
 from llm.models.transformer import Transformer
+from llm.parallel.hosts import host_share
 from llm.training.run import Run
 from llm.training.state import TrainState, averaged_params
 
@@ -46,6 +47,7 @@ def make_evaluation(
             row_length=config.data.length_tokens,
             batch_sequences=config.data.batch_sequences,
             max_sequences=config.evaluation.max_sequences,
+            share=host_share(mesh),
         )
         run.write_metrics(metrics)
         scores = [f"{k[5:]} {v:.4f}" for k, v in metrics.items() if k.endswith("bits_per_byte")]

@@ -20,7 +20,9 @@ from experiments.run_flags import PROFILE, WORKDIR, start_processes
 from llm.data.pipeline import data_digests, make_training_batches, num_truncated, rows_per_epoch
 from llm.data.prepare import prepare
 from llm.models.adapters import adapt_params
+from llm.models.on_mesh import check_on_mesh
 from llm.models.transformer import Transformer, logical_axes, param_shapes
+from llm.parallel.hosts import host_share
 from llm.parallel.mesh import make_mesh
 from llm.scaling.accounting import training_flops_per_token
 from llm.scaling.hardware import peak_flops
@@ -44,6 +46,7 @@ def finetune(config: FinetuneConfig, workdir: str) -> None:
 
     # Mesh
     mesh = make_mesh(config.mesh)
+    check_on_mesh(start.config, config.compute, mesh)
 
     # Data
     tokenizer = start.tokenizer
@@ -52,8 +55,7 @@ def finetune(config: FinetuneConfig, workdir: str) -> None:
         config.data,
         prepared,
         tokenizer,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        share=host_share(mesh),
         state_dir=epath.Path(workdir) / "data",
     )
     total_steps = config.num_steps(rows_per_epoch(batches))
@@ -63,7 +65,13 @@ def finetune(config: FinetuneConfig, workdir: str) -> None:
     rates = make_rates(
         config.trainable, model_config, param_shapes(model), adapted=config.adapter.rank > 0
     )
-    loss_fn = make_causal_lm_loss(model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens)
+    loss_fn = make_causal_lm_loss(
+        model,
+        z_loss=config.z_loss,
+        tile_tokens=config.loss_tile_tokens,
+        router_balance_weight=config.router_balance_weight,
+        router_z_weight=config.router_z_weight,
+    )
     optimizer = make_optimizer(
         config.optimizer, split(logical_axes(model), rates)[0], width_ratio=model_config.width_ratio
     )

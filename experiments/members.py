@@ -67,7 +67,13 @@ def member_runs(config: PretrainConfig, members: Sequence[Member]) -> MemberRuns
         members,
         functools.partial(init_params, model),
         logical_axes(model),
-        make_causal_lm_loss(model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens),
+        make_causal_lm_loss(
+            model,
+            z_loss=config.z_loss,
+            tile_tokens=config.loss_tile_tokens,
+            router_balance_weight=config.router_balance_weight,
+            router_z_weight=config.router_z_weight,
+        ),
         config.optimizer,
         make_schedule(
             config.schedule, total_steps=config.num_steps, tokens_per_step=config.tokens_per_step

@@ -17,7 +17,9 @@ from experiments.loading import Start, load_model, load_start
 from experiments.run_flags import PROFILE, WORKDIR, start_processes
 from llm.data.comparisons import ComparisonBatches, spread
 from llm.models.adapters import adapt_params
+from llm.models.on_mesh import check_on_mesh
 from llm.models.transformer import Transformer, logical_axes, param_shapes
+from llm.parallel.hosts import host_share, place_batch
 from llm.parallel.mesh import make_mesh
 from llm.parallel.rules import make_shardings
 from llm.rl.models import Models
@@ -29,7 +31,7 @@ from llm.training.run import Run
 from llm.training.run_config import check_config
 from llm.training.schedules import make_schedule
 from llm.training.state import TrainState, averaged_params, init_state, state_shardings
-from llm.training.step import make_train_step, place_batch
+from llm.training.step import make_train_step
 from llm.training.trainable import make_rates, split
 
 
@@ -41,11 +43,13 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
 
     # Mesh
     mesh = make_mesh(config.mesh)
+    check_on_mesh(start.config, config.compute, mesh)
 
     # Data
     pairs_only = config.preference.method != "kto"  # which learns from single thumbs, too
     encoded, told = load_comparisons(config, start.tokenizer, pairs_only=pairs_only)
-    hosts = dict(host_index=jax.process_index(), host_count=jax.process_count())
+    share = host_share(mesh)
+    hosts = dict(host_index=share.index, host_count=share.count)
     batches = ComparisonBatches(encoded["train"], config.comparisons, **hosts)
     digests = feedback_digests(encoded, start.tokenizer)
     total_steps = config.num_steps(len(batches.records))

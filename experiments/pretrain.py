@@ -18,7 +18,9 @@ from experiments.run_flags import PROFILE, WORKDIR, start_processes
 from llm.data.pipeline import data_digests, make_training_batches
 from llm.data.prepare import prepare
 from llm.data.tokenizer_training import make_tokenizer
+from llm.models.on_mesh import check_on_mesh
 from llm.models.transformer import Transformer, logical_axes
+from llm.parallel.hosts import host_share
 from llm.parallel.mesh import make_mesh
 from llm.scaling.accounting import training_flops_per_token
 from llm.scaling.hardware import peak_flops
@@ -39,10 +41,17 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
 
     # Mesh
     mesh = make_mesh(config.mesh)
+    check_on_mesh(config.model, config.compute, mesh)
 
     # Model
     model = Transformer(config.model, config.compute)
-    loss_fn = make_causal_lm_loss(model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens)
+    loss_fn = make_causal_lm_loss(
+        model,
+        z_loss=config.z_loss,
+        tile_tokens=config.loss_tile_tokens,
+        router_balance_weight=config.router_balance_weight,
+        router_z_weight=config.router_z_weight,
+    )
     optimizer = make_optimizer(
         config.optimizer, logical_axes(model), width_ratio=config.model.width_ratio
     )
@@ -62,8 +71,7 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
         config.data,
         prepared,
         tokenizer,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        share=host_share(mesh),
         state_dir=epath.Path(workdir) / "data",
     )
 

@@ -24,8 +24,10 @@ from experiments.run_flags import PROFILE, WORKDIR, start_processes
 from llm.data.comparisons import ComparisonBatches, EncodedFeedback, spread
 from llm.evaluation.preferences import PreferenceReport, compare_pairs, report_preferences
 from llm.models.adapters import adapt_params
+from llm.models.on_mesh import check_on_mesh
 from llm.models.scalar import ScalarModel
 from llm.models.transformer import logical_axes, param_shapes
+from llm.parallel.hosts import host_share, place_batch
 from llm.parallel.mesh import make_mesh
 from llm.training.files import write_atomically
 from llm.training.optimizers import make_optimizer
@@ -35,7 +37,7 @@ from llm.training.run import Run
 from llm.training.run_config import check_config
 from llm.training.schedules import make_schedule
 from llm.training.state import TrainState, averaged_params, init_state, state_shardings
-from llm.training.step import make_train_step, place_batch
+from llm.training.step import make_train_step
 from llm.training.trainable import make_rates, split
 
 REPORT = "preferences.json"
@@ -50,11 +52,13 @@ def train_reward(config: RewardModelConfig, workdir: str) -> None:
 
     # Mesh
     mesh = make_mesh(config.mesh)
+    check_on_mesh(model_config, config.compute, mesh)
 
     # Data
     pairs_only = config.tie_threshold == 0
     encoded, told = load_comparisons(config, start.tokenizer, pairs_only=pairs_only)
-    hosts = dict(host_index=jax.process_index(), host_count=jax.process_count())
+    share = host_share(mesh)
+    hosts = dict(host_index=share.index, host_count=share.count)
     batches = ComparisonBatches(encoded["train"], config.comparisons, **hosts)
     digests = feedback_digests(encoded, start.tokenizer)
     total_steps = config.num_steps(len(batches.records))
@@ -150,9 +154,8 @@ def make_score_step(model: ScalarModel, mesh: Mesh):
     )
 
     def step(params: dict, batch: dict) -> np.ndarray:
-        each = len(batch["levels"]) // jax.process_count()
-        mine = slice(jax.process_index() * each, (jax.process_index() + 1) * each)
-        arrays = {name: x[mine] for name, x in batch.items() if name != "cursor"}
+        share = host_share(mesh)
+        arrays = {name: share.of(x) for name, x in batch.items() if name != "cursor"}
         return np.asarray(score(params, place_batch(arrays, mesh)))
 
     return step

@@ -25,8 +25,10 @@ from llm.data.pipeline import data_digests, make_training_batches
 from llm.data.prepare import prepare
 from llm.data.tokenizers import Tokenizer
 from llm.models.adapters import adapt_params
+from llm.models.on_mesh import check_on_mesh
 from llm.models.scalar import ScalarModel
 from llm.models.transformer import Transformer, logical_axes, param_shapes
+from llm.parallel.hosts import host_share, local_rows, place_batch
 from llm.parallel.mesh import make_mesh
 from llm.parallel.rules import make_shardings, ways
 from llm.rl.collect import Collected, collect
@@ -44,7 +46,6 @@ from llm.training.run import Run
 from llm.training.run_config import check_config
 from llm.training.schedules import make_schedule
 from llm.training.state import init_state, state_shardings
-from llm.training.step import local_rows, place_batch
 from llm.training.trainable import make_rates, split
 
 
@@ -63,6 +64,7 @@ def rlhf(
 
     # Mesh
     mesh = make_mesh(config.mesh)
+    check_on_mesh(start.config, config.compute, mesh)
 
     # Prompts and rewards
     prompts = load_prompts(
@@ -74,7 +76,7 @@ def rlhf(
     batches = PromptBatches(prompts.prompts, config.rollout.prompts, config.seed)
     rewards, digests = load_rewards(config, config.compute)
     rewards |= {name: (function, 0.0) for name, function in (watched or {}).items()}
-    ptx, ptx_digests = make_ptx_batches(config, tokenizer, workdir)
+    ptx, ptx_digests = make_ptx_batches(config, tokenizer, mesh, workdir)
     digests |= ptx_digests | {"tokenizer": tokenizer.digest, "prompts": prompts.digest}
 
     # Models
@@ -160,7 +162,7 @@ def rlhf(
             check_gap(float(metrics["rl/log_prob_gap"]), run.step + 1, config.rollout)
             seconds = collected.metrics | {"perf/learning_seconds": time.perf_counter() - started}
             if samples_are_due(config, run.step + 1):  # before a signal's save: they are lost after
-                write_samples(run, collected, config.num_samples)
+                write_samples(run, collected, mesh, config.num_samples)
             state = run.after_step(state, metrics | seconds | speed(config, metrics, seconds))
 
 
@@ -220,7 +222,7 @@ def init_value(config: RlhfConfig, models: Models, start: Start, base: dict, key
     return own_part(value) if models.shared else value
 
 
-def make_ptx_batches(config: RlhfConfig, tokenizer: Tokenizer, workdir: str):
+def make_ptx_batches(config: RlhfConfig, tokenizer: Tokenizer, mesh: Mesh, workdir: str):
     """Return batches of text whose loss is mixed in (PPO-ptx), or None, and the text's digests."""
     if not config.algorithm.ptx_weight:
         return None, {}
@@ -229,8 +231,7 @@ def make_ptx_batches(config: RlhfConfig, tokenizer: Tokenizer, workdir: str):
         config.ptx,
         prepared,
         tokenizer,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        share=host_share(mesh),
         state_dir=epath.Path(workdir) / "ptx",
     )
     digests = data_digests(config.ptx, prepared, tokenizer)
@@ -244,9 +245,9 @@ def next_ptx(ptx, mesh: Mesh) -> dict | None:
     return place_batch({name: x for name, x in batch.items() if name != "cursor"}, mesh)
 
 
-def write_samples(run: Run, collected: Collected, num_samples: int) -> None:
+def write_samples(run: Run, collected: Collected, mesh: Mesh, num_samples: int) -> None:
     """Write some responses of the step under way, with their scores, to the run's logs."""
-    scores = local_rows(collected.scores)
+    scores = local_rows(collected.scores, mesh)
     texts = {}
     for i in range(min(num_samples, len(collected.texts))):
         prompt, text = collected.prompts[i].text, collected.texts[i]

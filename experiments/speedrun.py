@@ -23,8 +23,8 @@ from experiments.run_flags import PROFILE, WORKDIR, start_processes
 from experiments.speedrun_alignment import align
 from experiments.speedrun_report import write_speedrun_report
 from experiments.stages import open_job
-from llm.data.packing import load_pack_plan
 from llm.data.prepare import Prepared, prepare
+from llm.data.split_rows import SplitRows
 from llm.data.tokenizer_training import bytes_per_token, make_tokenizer
 from llm.data.tokenizers import Tokenizer
 from llm.evaluation.compressors import compressor_bits_per_byte
@@ -79,19 +79,14 @@ def prepare_data(recipe: PretrainConfig, tokenizer: Tokenizer) -> dict:
     prepared = prepare(recipe.data, tokenizer)
     facts = {}
     for name, split in prepared.train.items():
-        plan = load_pack_plan(
-            split.packed_pairs(recipe.data.length_tokens),
-            recipe.data.length_tokens,
-            recipe.data.seed,
-            split.path / "plans",
-        )
+        rows = SplitRows(split, recipe.data.length_tokens, recipe.data.seed)
         held_out = prepared.validation[name]
         facts[name] = {
             "documents": split.num_documents,
             "tokens": int(split.num_tokens.sum()),
             "bytes": int(split.num_bytes.sum()),
-            "rows": plan.num_rows,
-            "fill_rate": plan.fill_rate,
+            "rows": rows.num_rows,
+            "fill_rate": rows.fill_rate,
             "bytes_per_token": bytes_per_token(tokenizer, texts_of(held_out, tokenizer)),
             "held_out_documents": held_out.num_documents,
             "held_out_tokens": int(held_out.num_tokens.sum()),

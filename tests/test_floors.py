@@ -22,7 +22,7 @@ FLOORS = {
     "parallel": 0,
     **dict.fromkeys(("models", "data", "objectives"), 1),
     **dict.fromkeys(("interop", "training", "generation"), 2),
-    **dict.fromkeys(("rl", "evaluation", "scaling"), 3),
+    **dict.fromkeys(("rl", "evaluation", "scaling", "launch"), 3),
 }
 # References in parity tests and benchmarks, never part of the house.
 FOREIGN = {"torch", "tensorflow", "transformers"}

@@ -1,7 +1,6 @@
 """Batches of packed rows: from prepared splits to the arrays that the train step takes.
 Row n of a run is a pure function of (splits, weights, row length, seed, n); hosts slice batches."""
 
-import functools
 from collections.abc import Iterator, Mapping
 
 import grain
@@ -9,8 +8,9 @@ import numpy as np
 from jaxtyping import Int
 
 from llm.data.mixture import make_mixture
-from llm.data.packing import PackPlan, concatenated_ranges, load_pack_plan, permutation
+from llm.data.packing import PackPlan, concatenated_ranges, permutation
 from llm.data.prepared import PreparedSplit, loss_mask, token_ids
+from llm.data.split_rows import RowOrder, SplitRows
 
 # B sequences of this host, T pairs each: tokens, targets, segment_ids (1, 2, … a piece, 0 padding)
 # and positions (from 0 in each piece), int32 [B, T]; loss_weights, float32 [B, T], 0 on padding;
@@ -47,23 +47,17 @@ class PackedRows:
             names = self._mixture.names
         self.row_length = row_length
         self._seed = seed
-        self._splits = [splits[name] for name in names]
-        self.plans: dict[str, PackPlan] = {
-            name: load_pack_plan(
-                split.packed_pairs(row_length), row_length, seed, split.path / "plans"
-            )
-            for name, split in zip(names, self._splits, strict=True)
-        }
-        self._plans = list(self.plans.values())
-        for name, plan in self.plans.items():
-            if plan.num_rows == 0:
+        self.of_source = {name: SplitRows(splits[name], row_length, seed) for name in names}
+        for name, rows in self.of_source.items():
+            if rows.num_rows == 0:
                 raise ValueError(
                     f"source {name!r} has no text ({splits[name].path}); give it documents, "
                     "or set its weight to 0"
                 )
-        self._num_rows = np.array([plan.num_rows for plan in self._plans])
+        self._sources = list(self.of_source.values())
+        self._num_rows = np.array([rows.num_rows for rows in self._sources])
         self._drawn = self._draw(unique_rows)
-        self._order = functools.lru_cache(2 * len(names))(self._row_order)
+        self._orders = self._make_orders()
 
     def num_rows(self, num_epochs: int) -> int:
         """Return how many rows can be read before one is read for the num_epochs + 1st time."""
@@ -82,19 +76,19 @@ class PackedRows:
             "positions": np.zeros(shape, np.int32),
         }
         source, plan_row = self._locate(np.asarray(rows, np.int64))
-        for index, (split, plan) in enumerate(zip(self._splits, self._plans, strict=True)):
-            places = np.flatnonzero(source == index)
-            if len(places):
-                _fill_rows(batch, places, split, plan, plan_row[places])
+        for index in np.unique(source).tolist():
+            of_source = np.flatnonzero(source == index)
+            for mine, *where in self._sources[index].by_group(plan_row[of_source]):
+                _fill_rows(batch, of_source[mine], *where)
         return batch
 
     def _locate(
         self, rows: Int[np.ndarray, " rows"]
     ) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
-        """Return the source of each global row and the row of that source's pack plan."""
+        """Return the source of each global row and which of that source's packed rows it is."""
         if self._mixture is None:
             epoch, place = np.divmod(rows, self._rows_per_epoch)
-            union_row = self._ordered(-1, epoch, place)
+            union_row = self._orders[0].rows(epoch, place)
             if self._drawn is not None:
                 union_row = self._drawn[union_row]
             ends = np.cumsum(self._num_rows)
@@ -105,24 +99,23 @@ class PackedRows:
         plan_row = np.empty_like(rows)
         for index in np.unique(source).tolist():
             of_source = source == index
-            plan_row[of_source] = self._ordered(index, epoch[of_source], place[of_source])
+            plan_row[of_source] = self._orders[index].rows(epoch[of_source], place[of_source])
         return source, plan_row
 
-    def _ordered(self, source: int, epochs: np.ndarray, places: np.ndarray) -> np.ndarray:
-        found = np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
-            found[epochs == epoch] = self._order(source, epoch)[places[epochs == epoch]]
-        return found
-
-    def _row_order(self, source: int, epoch: int) -> np.ndarray:
-        if source >= 0:
-            return self._plans[source].row_order(epoch)
-        return permutation(self._rows_per_epoch, "rows", self._seed, epoch)
+    def _make_orders(self) -> list[RowOrder]:
+        """Return the order of each source's rows, or the one of all sources' together."""
+        if self._drawn is not None:
+            return [RowOrder(np.array([len(self._drawn)]), self._seed)]
+        groups = [rows.group_rows for rows in self._sources]
+        if self._mixture is None:
+            windowed = any(len(of_source) > 1 for of_source in groups)
+            return [RowOrder(np.concatenate(groups), self._seed, windowed=windowed)]
+        return [RowOrder(each, self._seed, windowed=len(each) > 1) for each in groups]
 
     @property
     def _rows_per_epoch(self) -> int:
         """Rows of an epoch of all sources in one order."""
-        return int(self._num_rows.sum()) if self._drawn is None else len(self._drawn)
+        return self._orders[0].num_rows
 
     def _draw(self, unique_rows: int | None) -> np.ndarray | None:
         """Return the rows that are ever read, of all sources' one after the other; None: all."""

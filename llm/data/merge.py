@@ -1,40 +1,101 @@
-"""After all shards are written: drop exact duplicates over the whole mixture, write each split's
-index and manifest, and report what was dropped and what held-out text nearly occurs in training."""
+"""After all shards are written: of equal documents of the whole corpus the first is kept, and each
+group gets its index and manifest. Functions of groups, for one machine (`prepare`) or many."""
 
-import pathlib
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int64, UInt64
+from etils import epath
+from jaxtyping import Int64, UInt8, UInt64
 
-from llm.data import shard_writer
-from llm.data.disk import written_aside
-from llm.data.packing import concatenated_ranges
-from llm.data.prepared import finish_split
-from llm.data.shard_writer import ShardTask
+from llm.data.disk import load_arrays
+from llm.data.groups import GroupKey
+from llm.data.prepared import PreparedSplit, finish_split
+from llm.data.shard_writer import columns_path
 
-# Held-out documents looked up in training text, spread evenly: 50 MB of sampled shingles.
-_MAX_CHECKED_DOCUMENTS = 50_000
-_MAX_EXAMPLES = 10
 _INDEX_COLUMNS = ("shard", "record", "num_tokens", "num_targets", "num_bytes")
-_MERGED_COLUMNS = (*_INDEX_COLUMNS, "text_digest")
-# What there is where nothing is: the columns of no shard at all.
-_NO_COLUMNS = {
-    "shard": np.zeros(0, np.int32),
-    "record": np.zeros(0, np.int64),
-    "num_tokens": np.zeros(0, np.int64),
-    "num_targets": np.zeros(0, np.int64),
-    "num_bytes": np.zeros(0, np.int64),
-    "text_digest": np.zeros((0, 2), np.uint64),
-    "id": np.zeros(0, np.str_),
-    "sample": np.zeros(0, np.uint64),
-    "num_sampled": np.zeros(0, np.int64),
-    "near_document": np.zeros(0, np.int64),
-    "near_id": np.zeros(0, np.str_),
-    "near_held_out": np.zeros(0, np.int64),
-    "near_share": np.zeros(0, np.float64),
-}
 _NEAR_COLUMNS = ("near_document", "near_id", "near_held_out", "near_share")
+# Many machines settle documents by so many bits of their digests: of 20 billion, 5 million fall
+# together, 120 MB to be sorted at once, and a group's 5 million travel in 4,096 arrays.
+DIGEST_BITS = 12
+# What becomes of a document. Held-out text goes before training text, whichever source either is
+# from: what is trained on was not held out.
+KEPT, REPEATED, EQUALS_HELD_OUT = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class WrittenGroup:
+    """A group whose shards are all on disk."""
+
+    key: GroupKey
+    directory: epath.Path
+    markers: tuple[Mapping[str, object], ...]  # of each shard
+
+    @property
+    def num_documents(self) -> int:
+        return sum(marker["documents"] for marker in self.markers)
+
+    def columns(self, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+        """Yield columns of each shard in turn."""
+        for shard in range(len(self.markers)):
+            yield load_arrays(columns_path(self.directory, shard), names)
+
+    def joined(self, *names: str) -> dict[str, np.ndarray]:
+        """Return columns of all shards, joined."""
+        parts = list(self.columns(names))
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Documents:
+    """Some documents of a group: their places in it and their texts' digests, two words each."""
+
+    key: GroupKey
+    places: Int64[np.ndarray, " documents"]
+    digests: UInt64[np.ndarray, "documents 2"]
+
+    def by_digest(self, bits: int) -> Iterator[tuple[int, "Documents"]]:
+        """Yield them parted by the first bits of their digests: equal texts fall together."""
+        part = (self.digests[:, 0] >> np.uint64(64 - bits)).astype(np.int64)
+        order = np.argsort(part, kind="stable")
+        numbers, begins = np.unique(part[order], return_index=True)
+        for number, chosen in zip(numbers.tolist(), np.split(order, begins[1:]), strict=True):
+            yield number, Documents(self.key, self.places[chosen], self.digests[chosen])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Verdicts:
+    """What becomes of some documents of a group; of those not named: KEPT."""
+
+    places: Int64[np.ndarray, " documents"]
+    verdicts: UInt8[np.ndarray, " documents"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NearDuplicate:
+    """A held-out document, by its number in the sample, that nearly occurs in a training text."""
+
+    held_out: int
+    share: float
+    key: GroupKey
+    training: str
+
+    @property
+    def rank(self) -> tuple:
+        """The least is the one to tell of: the largest share, and of equals the first."""
+        return -self.share, self.key
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedGroup:
+    """What the report and the split's manifest tell of a group."""
+
+    key: GroupKey
+    directory: epath.Path
+    digest: str
+    counts: Mapping[str, int]  # of kept documents, and of dropped ones
+    num_written: int  # documents before any was dropped
+    near_duplicates: tuple[NearDuplicate, ...]
 
 
 def first_occurrences(
@@ -49,121 +110,102 @@ def first_occurrences(
     return first
 
 
-def write_held_out_sample(tasks: Sequence[ShardTask], path: pathlib.Path) -> None:
-    """Put the sampled shingles of all distinct held-out documents into one file for the workers."""
-    columns = _load(tasks, ("text_digest", "sample", "num_sampled"))
-    count = len(columns["num_sampled"])
-    kept = np.flatnonzero(first_occurrences(columns["text_digest"]) == np.arange(count))
-    checked = kept[:: max(1, -(-len(kept) // _MAX_CHECKED_DOCUMENTS))]
-    num_sampled = columns["num_sampled"]
-    begins = np.cumsum(num_sampled) - num_sampled
-    places = concatenated_ranges(begins[checked], num_sampled[checked])
-    with written_aside(path) as aside, open(aside, "wb") as file:
-        np.savez(
-            file,
-            document=checked,
-            sample=columns["sample"][places],
-            num_sampled=num_sampled[checked],
-        )
+def distinct_documents(group: WrittenGroup) -> Documents:
+    """Return the first of equal documents of a group, however often it has them."""
+    digests = group.joined("text_digest")["text_digest"]
+    places = np.flatnonzero(first_occurrences(digests) == np.arange(len(digests)))
+    return Documents(group.key, places, digests[places])
 
 
-def merge(
-    tasks: Mapping[tuple[str, str], Sequence[ShardTask]],
-    held_out_path: pathlib.Path,
-    dtypes: Mapping[tuple[str, str], str],
-    facts: Mapping[tuple[str, str], Mapping[str, object]],
-) -> dict[str, dict[str, dict]]:
-    """Finish the splits of all sources and return the report on them, by split and source.
+def settle(groups: Sequence[Documents]) -> list[tuple[GroupKey, Verdicts]]:
+    """Return which documents are dropped, given all that have one of some digests.
 
-    Of equal texts the first is kept, held-out text before training text: a training document
-    that equals a held-out one is dropped, whichever source either is from.
+    Each group has distinct documents; the order of `groups` does not matter.
+    """
+    if not groups:
+        return []
+    groups = sorted(groups, key=lambda documents: documents.key)
+    sizes = [len(documents.places) for documents in groups]
+    first = first_occurrences(np.concatenate([documents.digests for documents in groups]))
+    training = np.repeat([documents.key.training for documents in groups], sizes)
+    dropped = np.where(training & ~training[first], EQUALS_HELD_OUT, REPEATED).astype(np.uint8)
+    verdicts = np.where(first == np.arange(len(first)), np.uint8(KEPT), dropped)
+    settled = []
+    for documents, of_group in zip(groups, np.split(verdicts, np.cumsum(sizes)[:-1]), strict=True):
+        some = of_group != KEPT
+        settled.append((documents.key, Verdicts(documents.places[some], of_group[some])))
+    return settled
+
+
+def finish_group(
+    group: WrittenGroup,
+    settled: Sequence[Verdicts],
+    dtype: str,
+    facts: Mapping[str, object],
+) -> FinishedGroup:
+    """Write index and manifest of a group, and return what to report of it.
 
     Args:
-      tasks: by (split, source name), held-out splits first.
-      dtypes: what each split's tokens are stored in.
-      facts: what each split's manifest is to tell besides.
+      settled: what `settle` returned of its documents.
+      dtype: what its tokens are stored in.
+      facts: what its manifest is to tell besides.
     """
-    columns = {key: _load(of_split, _MERGED_COLUMNS) for key, of_split in tasks.items()}
-    sizes = [len(of_split["num_tokens"]) for of_split in columns.values()]
-    ends = dict(zip(columns, np.cumsum(sizes).tolist(), strict=True))
-    num_held_out = max(
-        (end for (split, _), end in ends.items() if split == "validation"), default=0
-    )
-    digests = [_NO_COLUMNS["text_digest"], *(c["text_digest"] for c in columns.values())]
-    first = first_occurrences(np.concatenate(digests))
-    kept = first == np.arange(len(first))
-
-    report: dict[str, dict[str, dict]] = {"train": {}, "validation": {}}
-    for (split, name), size in zip(columns, sizes, strict=True):
-        run = slice(ends[split, name] - size, ends[split, name])
-        index = {column: columns[split, name][column][kept[run]] for column in _INDEX_COLUMNS}
-        dropped = first[run][~kept[run]]
-        counts = {
-            "documents": len(index["num_tokens"]),
-            "tokens": int(index["num_tokens"].sum()),
-            "bytes": int(index["num_bytes"].sum()),
-            "dropped_repeated": len(dropped),
-        }
-        if split == "train":
-            counts["dropped_equal_to_held_out"] = int((dropped < num_held_out).sum())
-            counts["dropped_repeated"] -= counts["dropped_equal_to_held_out"]
-        of_split = tasks[split, name]
-        shards = [shard_writer.read_marker(task)["shard"] for task in of_split]
-        finish_split(
-            of_split[0].directory, index, shards, dtypes[split, name], facts[split, name] | counts
-        )
-        report[split][name] = counts
-    _report_near_duplicates(report, tasks, held_out_path, kept, ends)
-    return report
+    columns = group.joined(*_INDEX_COLUMNS, "text_digest")
+    verdicts = _all_verdicts(columns.pop("text_digest"), settled)
+    kept = verdicts == KEPT
+    index = {name: column[kept] for name, column in columns.items()}
+    counts = {
+        "documents": int(kept.sum()),
+        "tokens": int(index["num_tokens"].sum()),
+        "bytes": int(index["num_bytes"].sum()),
+        "dropped_repeated": int((verdicts == REPEATED).sum()),
+    }
+    if group.key.training:
+        counts["dropped_equal_to_held_out"] = int((verdicts == EQUALS_HELD_OUT).sum())
+    shards = [marker["shard"] for marker in group.markers]
+    finish_split(group.directory, index, shards, dtype, {**facts, **counts})
+    near = tuple(_near_duplicates(group, kept)) if group.key.training else ()
+    digest = PreparedSplit(group.directory).digest
+    return FinishedGroup(group.key, group.directory, digest, counts, len(kept), near)
 
 
-def _report_near_duplicates(
-    report: dict[str, dict[str, dict]],
-    tasks: Mapping[tuple[str, str], Sequence[ShardTask]],
-    held_out_path: pathlib.Path,
-    kept: np.ndarray,
-    ends: Mapping[tuple[str, str], int],
-) -> None:
-    """Add to each held-out split how many of its documents were looked up, and which were found."""
-    held_out = [
-        task for key, of_split in tasks.items() if key[0] == "validation" for task in of_split
-    ]
-    held_out_ids = _load(held_out, ("id",))["id"]
-    with np.load(held_out_path, allow_pickle=False) as saved:
-        checked = saved["document"]
-    best: dict[int, tuple[float, str]] = {}  # held-out document -> share, training document
-    position = len(held_out_ids)  # of the next training document
-    for key, of_split in tasks.items():
-        if key[0] != "train":
-            continue
-        for task in of_split:
-            near = _load([task], (*_NEAR_COLUMNS, "num_tokens"))
-            for place, name, document, share in zip(*(near[c] for c in _NEAR_COLUMNS), strict=True):
-                # A training document that was dropped leaks nothing.
-                if kept[position + place] and share > best.get(int(checked[document]), (0, ""))[0]:
-                    best[int(checked[document])] = (float(share), str(name))
-            position += len(near["num_tokens"])
+def _all_verdicts(
+    digests: UInt64[np.ndarray, "documents 2"], settled: Sequence[Verdicts]
+) -> UInt8[np.ndarray, " documents"]:
+    first = first_occurrences(digests)
+    verdicts = np.full(len(first), KEPT, np.uint8)
+    for some in settled:
+        verdicts[some.places] = some.verdicts
+    # Later copies within the group: as the first one, which is not repeated itself if it is kept.
+    later = first != np.arange(len(first))
+    verdicts[later] = np.where(verdicts[first[later]] == KEPT, REPEATED, verdicts[first[later]])
+    return verdicts
+
+
+def _near_duplicates(group: WrittenGroup, kept: np.ndarray) -> Iterator[NearDuplicate]:
+    """Yield, for each held-out document that nearly occurs in the group, the text with most of it.
+
+    A training document that was dropped leaks nothing.
+    """
+    found: list[NearDuplicate] = []
     begin = 0
-    for (split, name), end in ends.items():
-        if split != "validation":
-            break
-        found = {document: best[document] for document in sorted(best) if begin <= document < end}
-        report[split][name] |= {
-            "checked": int(((checked >= begin) & (checked < end)).sum()),
-            "near_duplicates": len(found),
-            "near_duplicate_examples": [
-                {"held_out": str(held_out_ids[document]), "training": training, "share": share}
-                for document, (share, training) in list(found.items())[:_MAX_EXAMPLES]
-            ],
-        }
-        begin = end
+    for columns in group.columns((*_NEAR_COLUMNS, "num_tokens")):
+        for place, name, held_out, share in zip(*map(columns.get, _NEAR_COLUMNS), strict=True):
+            if kept[begin + place]:
+                found.append(NearDuplicate(int(held_out), float(share), group.key, str(name)))
+        begin += len(columns["num_tokens"])
+    yield from most_alike(found).values()
 
 
-def _load(tasks: Sequence[ShardTask], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return columns of the shards, joined."""
-    parts: dict[str, list[np.ndarray]] = {name: [_NO_COLUMNS[name]] for name in names}
-    for task in tasks:
-        with np.load(shard_writer.columns_path(task), allow_pickle=False) as saved:
-            for name in names:
-                parts[name].append(saved[name])
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+def most_alike(found: Iterable[NearDuplicate]) -> dict[int, NearDuplicate]:
+    """Return the near duplicate to tell of, for each held-out document."""
+    best: dict[int, NearDuplicate] = {}
+    for near in found:
+        if near.held_out not in best or near.rank < best[near.held_out].rank:
+            best[near.held_out] = near
+    return best
+
+
+def in_order(markers: Mapping[int, Mapping[str, object]]) -> tuple[Mapping[str, object], ...]:
+    """Return the markers of a group's shards, given by number in any order."""
+    return tuple(markers[shard] for shard in range(len(markers)))

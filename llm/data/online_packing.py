@@ -58,9 +58,10 @@ class OnlineBatches(Iterator[Batch]):
         *,
         prefetch: int = 4,
         state_dir: str | os.PathLike | None = None,
+        keeps_journal: bool = True,  # of the processes that load the same, one does
     ):
         local_sequences(setup.global_batch_sequences, setup.host_index, setup.host_count)
-        self._setup = setup
+        self._setup, self._keeps_journal = setup, keeps_journal
         dataset = _HostRows(sources, tokenizer, setup)
         self._iterator = iter(
             grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch)
@@ -75,7 +76,7 @@ class OnlineBatches(Iterator[Batch]):
     def __next__(self) -> Batch:
         batch = next(self._iterator)
         self._cursor += self._setup.global_batch_sequences
-        if self._journal is not None:
+        if self._journal is not None and self._keeps_journal:
             self._write_state(json.dumps(self.get_state()) + "\n")
         return {**batch, "cursor": np.uint32(self._cursor)}
 

@@ -5,17 +5,17 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import os
-import pathlib
 import warnings
 
 import numpy as np
+from etils import epath
 from jaxtyping import Int, Int64
 
-from llm.data.disk import written_aside
+from llm.data.disk import load_arrays, save_arrays
 
 # Part of every digest: raise it when the algorithm below changes what it returns.
-_ALGORITHM = "best-fit decreasing over groups of equal lengths, 1"
+ALGORITHM = "best-fit decreasing over groups of equal lengths, 1"
+_ARRAYS = ("row_offsets", "doc", "start", "length")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,13 +49,9 @@ class PackPlan:
     def digest(self) -> str:
         """SHA-256 of the whole plan."""
         sha = hashlib.sha256(f"{self.row_length},{self.seed},{self.num_rows}".encode())
-        for array in (self.row_offsets, self.doc, self.start, self.length):
-            sha.update(np.ascontiguousarray(array, "<i8"))
+        for name in _ARRAYS:
+            sha.update(np.ascontiguousarray(getattr(self, name), "<i8"))
         return sha.hexdigest()
-
-    def row_order(self, epoch: int) -> Int64[np.ndarray, " rows"]:
-        """Return the rows in the order in which epoch `epoch` visits them."""
-        return permutation(self.num_rows, "rows", self.seed, epoch)
 
 
 def make_pack_plan(lengths: Int[np.ndarray, " documents"], row_length: int, seed: int) -> PackPlan:
@@ -90,34 +86,33 @@ def load_pack_plan(
     lengths: Int[np.ndarray, " documents"],
     row_length: int,
     seed: int,
-    cache_dir: str | os.PathLike,
+    cache_dir: epath.PathLike,
 ) -> PackPlan:
     """Return `make_pack_plan(...)`, kept in `cache_dir` under a digest of its arguments.
 
     A damaged cache file is named in a warning, then replaced.
     """
-    sha = hashlib.sha256(f"{_ALGORITHM},{row_length},{seed}".encode())
+    sha = hashlib.sha256(f"{ALGORITHM},{row_length},{seed}".encode())
     sha.update(np.ascontiguousarray(lengths, "<i8"))
-    path = pathlib.Path(cache_dir) / f"plan-{sha.hexdigest()[:32]}.npz"
+    path = epath.Path(cache_dir) / f"plan-{sha.hexdigest()[:32]}.npz"
     if path.exists():
         try:
             return _read_plan(path, lengths, row_length, seed)
         except Exception as error:  # NumPy and zipfile raise a dozen kinds on what is damaged
             warnings.warn(f"pack plan {path} is damaged ({error}); making it again", stacklevel=2)
     plan = make_pack_plan(lengths, row_length, seed)
-    arrays = {name: getattr(plan, name) for name in ("row_offsets", "doc", "start", "length")}
+    arrays = {name: getattr(plan, name) for name in _ARRAYS}
     # Where the directory is read-only the plan is made anew at each start: seconds.
-    with contextlib.suppress(OSError), written_aside(path) as aside, open(aside, "wb") as file:
-        np.savez(file, digest=np.array(plan.digest), **arrays)
+    with contextlib.suppress(OSError):
+        save_arrays(path, {"digest": np.array(plan.digest), **arrays})
     return plan
 
 
 def _read_plan(
-    path: pathlib.Path, lengths: Int[np.ndarray, " documents"], row_length: int, seed: int
+    path: epath.Path, lengths: Int[np.ndarray, " documents"], row_length: int, seed: int
 ) -> PackPlan:
-    with np.load(path, allow_pickle=False) as saved:
-        arrays = {name: saved[name] for name in ("row_offsets", "doc", "start", "length")}
-        digest = str(saved["digest"])
+    arrays = load_arrays(path, ("digest", *_ARRAYS))
+    digest = str(arrays.pop("digest"))
     plan = PackPlan(row_length, seed, **arrays)
     if plan.digest != digest:
         raise ValueError(f"its digest is {plan.digest[:12]}, recorded was {digest[:12]}")

@@ -11,6 +11,7 @@ from llm.data.prepare import Prepared
 from llm.data.prepared import PreparedSplit
 from llm.data.sources import open_source
 from llm.data.tokenizers import Tokenizer
+from llm.parallel.hosts import WHOLE, HostShare
 
 
 def make_training_batches(
@@ -18,8 +19,7 @@ def make_training_batches(
     prepared: Prepared,
     tokenizer: Tokenizer,
     *,
-    host_index: int = 0,
-    host_count: int = 1,
+    share: HostShare = WHOLE,
     state_dir: str | os.PathLike | None = None,
 ) -> Batches | OnlineBatches:
     """Return the training batches of a config, from the first row on; `seek` goes elsewhere.
@@ -31,7 +31,7 @@ def make_training_batches(
     if config.packing == "global":
         return make_batches(
             prepared.train, weights, config.length_tokens, config.batch_sequences, config.seed,
-            host_index=host_index, host_count=host_count, unique_rows=config.unique_rows,
+            host_index=share.index, host_count=share.count, unique_rows=config.unique_rows,
         )  # fmt: skip
     if weights is None:
         if len(config.sources) > 1:
@@ -47,9 +47,9 @@ def make_training_batches(
     }
     setup = OnlineSetup(
         config.length_tokens, config.batch_sequences, config.seed, weights,
-        host_index, host_count, config.max_bad_rows,
+        share.index, share.count, config.max_bad_rows,
     )  # fmt: skip
-    return OnlineBatches(sources, tokenizer, setup, state_dir=state_dir)
+    return OnlineBatches(sources, tokenizer, setup, state_dir=state_dir, keeps_journal=share.first)
 
 
 def data_digests(config: DataConfig, prepared: Prepared, tokenizer: Tokenizer) -> dict[str, str]:
@@ -94,5 +94,7 @@ def num_truncated(splits: Mapping[str, PreparedSplit], row_length: int) -> dict[
     """Return, by source, how many conversations do not fit into a row, where there are any."""
     cut = {}
     for name, split in splits.items():
-        cut[name] = int((split.packed_pairs(row_length) < split.num_pairs).sum())
+        cut[name] = sum(
+            int((group.packed_pairs(row_length) < group.num_pairs).sum()) for group in split.groups
+        )
     return {name: count for name, count in cut.items() if count}

@@ -4,16 +4,23 @@
 import dataclasses
 import functools
 import hashlib
-import os
-import pathlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from array_record.python import array_record_module
+from etils import epath
 from jaxtyping import Float32, Int, Int32, Int64, UInt
 
-from llm.data.disk import file_facts, read_json_object, write_json, written_aside
+from llm.data.disk import (
+    file_facts,
+    is_store,
+    load_arrays,
+    read_json_object,
+    save_arrays,
+    write_json,
+    written_aside,
+)
 from llm.data.packing import concatenated_ranges
 
 # A document is stored in records of this many tokens, so that a piece of a long one is read
@@ -48,7 +55,7 @@ def storage_dtype(vocab_size: int, masked: bool) -> str:
 
 
 def write_shard(
-    directory: pathlib.Path, shard: int, documents: Iterable[StoredDocument], dtype: str
+    directory: epath.Path, shard: int, documents: Iterable[StoredDocument], dtype: str
 ) -> dict[str, np.ndarray]:
     """Write one shard file, whole or not at all, and return the columns of its index.
 
@@ -92,12 +99,12 @@ def _stored_words(document: StoredDocument, dtype: str) -> np.ndarray:
     return words
 
 
-def shard_path(directory: pathlib.Path, shard: int) -> pathlib.Path:
+def shard_path(directory: epath.Path, shard: int) -> epath.Path:
     return directory / f"shard-{shard:05d}.array_record"
 
 
 def finish_split(
-    directory: pathlib.Path,
+    directory: epath.Path,
     columns: Mapping[str, np.ndarray],
     shards: Sequence[Mapping[str, object]],
     dtype: str,
@@ -111,8 +118,7 @@ def finish_split(
       details: what else the manifest tells: source, tokenizer, bad rows, duplicates.
     """
     index = directory / "index.npz"
-    with written_aside(index) as aside, open(aside, "wb") as file:
-        np.savez(file, **columns)
+    save_arrays(index, dict(columns))
     facts = {
         "format": FORMAT_VERSION,
         "dtype": dtype,
@@ -126,7 +132,7 @@ def finish_split(
 
 
 def write_split(
-    directory: str | os.PathLike,
+    directory: epath.PathLike,
     documents: Iterable[StoredDocument],
     vocab_size: int,
     *,
@@ -136,7 +142,7 @@ def write_split(
 
     With `masked`, documents may bring a `loss_mask`; tokens then take 32 bits each.
     """
-    path, dtype = pathlib.Path(directory), storage_dtype(vocab_size, masked)
+    path, dtype = epath.Path(directory), storage_dtype(vocab_size, masked)
     columns = write_shard(path, 0, documents, dtype)
     facts = [file_facts(shard_path(path, 0))]
     finish_split(path, columns, facts, dtype, {"masked": masked})
@@ -146,9 +152,9 @@ def write_split(
 class PreparedSplit:
     """A split on disk, read at random; only its index is held in memory. Threads may share it."""
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = pathlib.Path(path)
-        self.manifest = _load_manifest(self.path)
+    def __init__(self, path: epath.PathLike):
+        self.path = epath.Path(path)
+        self.manifest = load_manifest(self.path)
         _check_file(self.path / "index.npz", self.manifest["index"], hashed=True)
         index = _load_index(self.path / "index.npz", len(self.manifest["shards"]))
         self._shard, self._record = index["shard"], index["record"]
@@ -159,6 +165,11 @@ class PreparedSplit:
         self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
         # Prefetch threads share the readers, and not every ArrayRecord release lets them.
         self._lock = threading.Lock()
+
+    @property
+    def groups(self) -> "Sequence[PreparedSplit]":
+        """The parts that have an index and a pack plan each: here, the split itself."""
+        return (self,)
 
     @property
     def num_documents(self) -> int:
@@ -247,6 +258,11 @@ class PreparedSplit:
     def _reader(self, shard: int) -> array_record_module.ArrayRecordReader:
         if shard not in self._readers:
             path = shard_path(self.path, shard)
+            if is_store(path):
+                raise PreparedDataError(
+                    f"{path}: shards are read from a file system; mount the bucket (gcsfuse), and "
+                    "name the mounted folder as data.cache_dir"
+                )
             _check_file(path, self.manifest["shards"][shard], hashed=False)
             self._readers[shard] = array_record_module.ArrayRecordReader(
                 str(path), options=_READER_OPTIONS, file_reader_buffer_size=32768
@@ -268,7 +284,12 @@ def loss_mask(words: UInt[np.ndarray, " words"]) -> Float32[np.ndarray, " words"
     return (words < _NO_LOSS_BIT).astype(np.float32)
 
 
-def _load_manifest(path: pathlib.Path) -> dict:
+def load_manifest(path: epath.Path) -> dict:
+    """Return what manifest.json tells of a split or of a group of its shards.
+
+    Raises:
+      PreparedDataError: there is none, or it is damaged or of another format.
+    """
     try:
         manifest = read_json_object(path / "manifest.json")
     except FileNotFoundError:
@@ -284,6 +305,8 @@ def _load_manifest(path: pathlib.Path) -> dict:
             f"{path} has format {manifest.get('format')!r}, this code reads {FORMAT_VERSION}; "
             "delete it and prepare it again"
         )
+    if "groups" in manifest:
+        return manifest
     shards = manifest.get("shards")
     files = [manifest.get("index"), *(shards if isinstance(shards, list) else [None])]
     whole = all(isinstance(file, dict) and {"size", "sha256"} <= file.keys() for file in files)
@@ -292,11 +315,10 @@ def _load_manifest(path: pathlib.Path) -> dict:
     return manifest
 
 
-def _load_index(path: pathlib.Path, num_shards: int) -> dict[str, np.ndarray]:
+def _load_index(path: epath.Path, num_shards: int) -> dict[str, np.ndarray]:
     names = ("shard", "record", "num_tokens", "num_targets", "num_bytes")
     try:
-        with np.load(path, allow_pickle=False) as saved:
-            index = {name: saved[name] for name in names}
+        index = load_arrays(path, names)
     except Exception as error:  # NumPy and zipfile raise a dozen kinds on what is damaged
         raise PreparedDataError(f"{path} is damaged ({error}); prepare it again") from error
     shapes = {(array.ndim, len(array)) if array.ndim else None for array in index.values()}
@@ -306,10 +328,10 @@ def _load_index(path: pathlib.Path, num_shards: int) -> dict[str, np.ndarray]:
     return index
 
 
-def _check_file(path: pathlib.Path, facts: Mapping[str, object], *, hashed: bool) -> None:
+def _check_file(path: epath.Path, facts: Mapping[str, object], *, hashed: bool) -> None:
     if not path.exists():
         raise PreparedDataError(f"{path} is missing; delete its directory and prepare it again")
-    found = file_facts(path) if hashed else {"size": path.stat().st_size}
+    found = file_facts(path) if hashed else {"size": path.stat().length}
     for name, value in found.items():
         if value != facts[name]:
             raise PreparedDataError(

@@ -7,19 +7,20 @@ import hashlib
 import itertools
 import json
 import os
-import pathlib
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import connection
 
 import numpy as np
+from etils import epath
 
 from llm.data.chat import ChatError
-from llm.data.disk import file_facts, write_json, written_aside
+from llm.data.config import SourceConfig
+from llm.data.disk import file_facts, load_arrays, save_arrays, write_json
 from llm.data.duplicates import HeldOutSample, make_held_out_sample, sample_shingles
 from llm.data.prepared import StoredDocument, shard_path, storage_dtype, write_shard
-from llm.data.sources import BadRow, Document, Shard, Source, Split
+from llm.data.sources import BadRow, Document, Shard, Source
 from llm.data.tokenizers import Tokenizer
 
 # Texts are tokenised together up to this much: enough to keep the tokenizer's own threads busy.
@@ -38,21 +39,21 @@ class ShardTask:
     name: str  # of the source in the config
     source: Source
     parts: tuple[Shard, ...]
-    directory: pathlib.Path  # of the split
+    directory: epath.Path  # of its group
     shard: int
     max_bad_rows: int
     # Where the shingles of held-out documents lie, to look training text up in; None = this text
     # is held out itself and its shingles are to be sampled.
-    held_out_path: pathlib.Path | None
-
-    @property
-    def split(self) -> Split:
-        return self.source.split
+    held_out_path: epath.Path | None
 
     @property
     def masked(self) -> bool:
-        """Whether some tokens are not learnt: those of conversations that others say."""
-        return self.source.config.format != "text"
+        return is_masked(self.source.config)
+
+
+def is_masked(config: SourceConfig) -> bool:
+    """Return whether some tokens are not learnt: those of conversations that others say."""
+    return config.format != "text"
 
 
 def init_worker(tokenizer: Tokenizer, alive: connection.Connection) -> None:
@@ -95,35 +96,34 @@ def write_tokenized_shard(task: ShardTask, tokenizer: Tokenizer) -> dict:
     dtype = storage_dtype(tokenizer.vocab_size, task.masked)
     columns = write_shard(task.directory, task.shard, stored, dtype)
     columns |= documents.columns()
-    with written_aside(columns_path(task)) as aside, open(aside, "wb") as file:
-        np.savez(file, **columns)
+    save_arrays(columns_path(task.directory, task.shard), columns)
     marker = {
         "shard": file_facts(shard_path(task.directory, task.shard)),
-        "columns": file_facts(columns_path(task)),
+        "columns": file_facts(columns_path(task.directory, task.shard)),
         "documents": len(columns["num_tokens"]),
         "tokens": int(columns["num_tokens"].sum()),
         "bytes": int(columns["num_bytes"].sum()),
         "bad_rows": [list(dataclasses.astuple(row)) for row in documents.bad_rows],
     }
-    write_json(marker_path(task), marker)
+    write_json(_marker_path(task), marker)
     return marker
 
 
-def columns_path(task: ShardTask) -> pathlib.Path:
-    return task.directory / f"shard-{task.shard:05d}.npz"
+def columns_path(directory: epath.Path, shard: int) -> epath.Path:
+    return directory / f"shard-{shard:05d}.npz"
 
 
-def marker_path(task: ShardTask) -> pathlib.Path:
+def _marker_path(task: ShardTask) -> epath.Path:
     return task.directory / f"shard-{task.shard:05d}.json"
 
 
 def read_marker(task: ShardTask) -> dict | None:
     """Return the marker of a finished shard; None if it is missing or its files are not whole."""
     try:
-        marker = json.loads(marker_path(task).read_bytes())
+        marker = json.loads(_marker_path(task).read_bytes())
         whole = (
             file_facts(shard_path(task.directory, task.shard)) == marker["shard"]
-            and file_facts(columns_path(task)) == marker["columns"]
+            and file_facts(columns_path(task.directory, task.shard)) == marker["columns"]
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -230,12 +230,11 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 @functools.lru_cache(1)
-def _load_held_out(path: pathlib.Path | None) -> HeldOutSample | None:
+def _load_held_out(path: epath.Path | None) -> HeldOutSample | None:
     if path is None:
         return None
-    with np.load(path, allow_pickle=False) as saved:
-        ends = np.cumsum(saved["num_sampled"])[:-1]
-        return make_held_out_sample(np.split(saved["sample"], ends))
+    saved = load_arrays(path, ("sample", "num_sampled"))
+    return make_held_out_sample(np.split(saved["sample"], np.cumsum(saved["num_sampled"])[:-1]))
 
 
 def check_bad_rows(name: str, bad_rows: Sequence[BadRow], max_bad_rows: int) -> None:

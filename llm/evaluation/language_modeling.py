@@ -17,8 +17,8 @@ from jaxtyping import Float
 from llm.data.loader import Batch, make_evaluation_batches
 from llm.data.prepared import PreparedSplit, StoredDocument
 from llm.models.transformer import Transformer
+from llm.parallel.hosts import WHOLE, HostShare, place_batch
 from llm.training.loss import make_token_nats
-from llm.training.step import place_batch
 
 ScoreStep = Callable[[dict, Batch], dict[str, jax.Array]]
 Number = float | Float[np.ndarray, " R"]  # of one model, or of R whose parameters are stacked
@@ -115,6 +115,7 @@ def score_split(
     row_length: int,
     batch_sequences: int,
     max_sequences: int | None = None,
+    share: HostShare = WHOLE,
 ) -> TextScore:
     """Score the packed rows of a held-out split, or the first `max_sequences` of its fixed shuffle.
 
@@ -124,8 +125,8 @@ def score_split(
         split,
         row_length,
         batch_sequences,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        host_index=share.index,
+        host_count=share.count,
     )
     sums = []
     for i, batch in enumerate(batches):

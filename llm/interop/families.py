@@ -8,10 +8,30 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from llm.interop.layer_kinds import count_layers, fold, windows
 from llm.interop.layout import Row
-from llm.interop.rope import rope_from_huggingface, rope_to_huggingface
-from llm.interop.weight_tables import APERTUS_ROWS, GPT2_ROWS, LLAMA_ROWS
+from llm.interop.llama_configs import (
+    apertus_to_ours,
+    apertus_to_theirs,
+    choose,
+    first_key,
+    llama_to_ours,
+    llama_to_theirs,
+    mixtral_to_ours,
+    mixtral_to_theirs,
+    qwen2_to_ours,
+    qwen3_moe_to_ours,
+    qwen3_moe_to_theirs,
+    qwen3_to_ours,
+    qwen_to_theirs,
+    require_values,
+)
+from llm.interop.weight_tables import (
+    APERTUS_ROWS,
+    GPT2_ROWS,
+    LLAMA_ROWS,
+    MIXTRAL_ROWS,
+    QWEN3_MOE_ROWS,
+)
 from llm.models.config import TransformerConfig
 from llm.parallel.checks import shown
 
@@ -106,6 +126,12 @@ def _comparable(config: TransformerConfig) -> TransformerConfig:
     """Return the config without what weights do not depend on, unused fields at their defaults."""
     blank = TransformerConfig()
     ignored = ["vocab_multiple", "dropout_rate", "initializer"]
+    ignored += ["expert_capacity_factor"]  # what trains with a capacity is served without
+    if not config.moe_layers:
+        ignored += ["experts_per_token", "expert_mlp_width", "shared_expert_width", "router_scale"]
+        ignored += ["router_scores", "router_renormalise"]
+    if config.moe_layers == config.num_layers:
+        ignored += ["mlp_width"]
     if config.positions != "rotary":
         ignored += ["rope_theta", "rope_scaling"]
     scaling = config.rope_scaling if config.positions == "rotary" else "none"
@@ -114,7 +140,7 @@ def _comparable(config: TransformerConfig) -> TransformerConfig:
     if scaling != "llama3":
         ignored += ["rope_low_frequency_factor", "rope_high_frequency_factor"]
         ignored += ["rope_original_length_tokens"]
-    if "local" not in config.layer_kinds:
+    if not any(kind.startswith("local") for kind in config.layer_kinds):
         ignored += ["sliding_window_tokens"]
     unrolled = {"prefix_layers": (), "cycle_layers": config.layer_kinds}
     defaults = {name: getattr(blank, name) for name in ignored}
@@ -132,7 +158,7 @@ _GPT2_ACTIVATIONS = {
 
 
 def _gpt2_to_ours(theirs: dict) -> TransformerConfig:
-    _require_values(
+    require_values(
         theirs,
         scale_attn_weights=True,
         scale_attn_by_inverse_layer_idx=False,
@@ -154,7 +180,7 @@ def _gpt2_to_ours(theirs: dict) -> TransformerConfig:
         positions="learned",
         norm="layernorm",
         norm_epsilon=theirs.get("layer_norm_epsilon", 1e-5),
-        activation=_choose(theirs, "activation_function", "gelu_new", _GPT2_ACTIVATIONS),
+        activation=choose(theirs, "activation_function", "gelu_new", _GPT2_ACTIVATIONS),
         mlp_bias=True,
         tied_head=theirs.get("tie_word_embeddings", True),
     )
@@ -169,7 +195,7 @@ def _gpt2_to_theirs(config: TransformerConfig) -> dict:
         "n_inner": config.mlp_width,
         "n_positions": config.max_length_tokens,
         "layer_norm_epsilon": config.norm_epsilon,
-        "activation_function": _first_key(_GPT2_ACTIVATIONS, config.activation),
+        "activation_function": first_key(_GPT2_ACTIVATIONS, config.activation),
         "resid_pdrop": config.dropout_rate,
         "embd_pdrop": config.dropout_rate,
         "attn_pdrop": 0.0,
@@ -177,141 +203,19 @@ def _gpt2_to_theirs(config: TransformerConfig) -> dict:
     }
 
 
-# --- Llama and its kin ------------------------------------------------------------------------
-
-_GATED_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
-_UNGATED_ACTIVATIONS = {"relu2": "relu_squared", "gelu_new": "gelu_tanh", "gelu": "gelu"}
-
-
-def _llama_like(
-    theirs: dict, activations: dict[str, str] = _GATED_ACTIVATIONS, **fields
-) -> TransformerConfig:
-    width, num_heads = theirs["hidden_size"], theirs["num_attention_heads"]
-    kinds = fields.pop("kinds", None) or ("global",) * count_layers(theirs)
-    prefix, cycle = fold(kinds)
-    fields = dict(head_dim=theirs.get("head_dim") or width // num_heads) | fields
-    return TransformerConfig(
-        vocab_size=theirs["vocab_size"],
-        width=width,
-        num_layers=theirs["num_hidden_layers"],
-        num_heads=num_heads,
-        num_kv_heads=theirs.get("num_key_value_heads") or num_heads,
-        mlp_width=theirs["intermediate_size"],
-        max_length_tokens=theirs["max_position_embeddings"],
-        norm_epsilon=theirs.get("rms_norm_eps", 1e-6),
-        activation=_choose(theirs, "hidden_act", "silu", activations),
-        tied_head=theirs.get("tie_word_embeddings", False),
-        prefix_layers=prefix,
-        cycle_layers=cycle,
-        **rope_from_huggingface(theirs),
-        **fields,
-    )
-
-
-def _llama_to_ours(theirs: dict) -> TransformerConfig:
-    width, num_heads = theirs["hidden_size"], theirs["num_attention_heads"]
-    if width % num_heads:  # transformers refuses such a Llama, whatever its head_dim
-        raise ValueError(
-            f"hidden_size={width} is not a multiple of num_attention_heads={num_heads}"
-        )
-    return _llama_like(
-        theirs,
-        attention_bias="all" if theirs.get("attention_bias", False) else "none",
-        mlp_bias=theirs.get("mlp_bias", False),
-    )
-
-
-def _qwen2_to_ours(theirs: dict) -> TransformerConfig:
-    return _llama_like(theirs, attention_bias="qkv", **windows(theirs))
-
-
-def _qwen3_to_ours(theirs: dict) -> TransformerConfig:
-    return _llama_like(
-        theirs,
-        # unlike Llama's, Qwen3's default head width does not follow from the model's
-        head_dim=theirs.get("head_dim") or 128,
-        attention_bias="all" if theirs.get("attention_bias", False) else "none",
-        qk_norm=True,
-        **windows(theirs),
-    )
-
-
-def _apertus_to_ours(theirs: dict) -> TransformerConfig:
-    if not (theirs.get("rope_parameters") or theirs.get("rope_scaling")):
-        raise ValueError("the rotary settings are missing: give rope_parameters")
-    return _llama_like(
-        theirs,
-        _UNGATED_ACTIVATIONS,
-        attention_bias="all" if theirs.get("attention_bias", False) else "none",
-        qk_norm=True,
-    )
-
-
-def _llama_to_theirs(config: TransformerConfig) -> dict:
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.mlp_width,
-        "max_position_embeddings": config.max_length_tokens,
-        "rms_norm_eps": config.norm_epsilon,
-        "hidden_act": _first_key(_GATED_ACTIVATIONS, config.activation),
-        "attention_bias": config.attention_bias != "none",
-        "attention_dropout": 0.0,
-        "mlp_bias": config.mlp_bias,
-        "tie_word_embeddings": config.tied_head,
-        **rope_to_huggingface(config),
-    }
-
-
-def _qwen_to_theirs(config: TransformerConfig) -> dict:
-    kinds = config.layer_kinds
-    names = {"global": "full_attention", "local": "sliding_attention"}
-    theirs = _llama_to_theirs(config)
-    del theirs["mlp_bias"]  # Qwen has none
-    return theirs | {
-        "use_sliding_window": "local" in kinds,
-        "sliding_window": config.sliding_window_tokens if "local" in kinds else None,
-        # older readers know only "full attention below this layer, sliding from it on"
-        "max_window_layers": kinds.index("local") if "local" in kinds else len(kinds),
-        "layer_types": [names[kind] for kind in kinds],
-    }
-
-
-def _apertus_to_theirs(config: TransformerConfig) -> dict:
-    theirs = _llama_to_theirs(config)
-    del theirs["mlp_bias"]  # Apertus has none
-    return theirs | {"hidden_act": _first_key(_UNGATED_ACTIVATIONS, config.activation)}
-
-
-def _choose(theirs: dict, key: str, default: str, choices: dict[str, str]) -> str:
-    value = theirs.get(key, default)
-    if value not in choices:
-        raise ValueError(f"{key}={shown(value)} is not supported; supported: {', '.join(choices)}")
-    return choices[value]
-
-
-def _first_key(choices: dict[str, str], value: str) -> str:
-    """Return their name of our activation; of one they lack, any (family_of will then refuse)."""
-    return next((key for key, ours in choices.items() if ours == value), next(iter(choices)))
-
-
-def _require_values(theirs: dict, **values) -> None:
-    for key, value in values.items():
-        if theirs.get(key, value) != value:
-            raise ValueError(f"{key}={shown(theirs[key])} is not supported; only {value!r} is")
-
-
 FAMILIES = {
     "gpt2": Family("GPT2LMHeadModel", "transformer.", GPT2_ROWS, _gpt2_to_ours, _gpt2_to_theirs),
-    "llama": Family("LlamaForCausalLM", "model.", LLAMA_ROWS, _llama_to_ours, _llama_to_theirs),
-    "qwen3": Family("Qwen3ForCausalLM", "model.", LLAMA_ROWS, _qwen3_to_ours, _qwen_to_theirs),
-    "qwen2": Family("Qwen2ForCausalLM", "model.", LLAMA_ROWS, _qwen2_to_ours, _qwen_to_theirs),
+    "llama": Family("LlamaForCausalLM", "model.", LLAMA_ROWS, llama_to_ours, llama_to_theirs),
+    "qwen3": Family("Qwen3ForCausalLM", "model.", LLAMA_ROWS, qwen3_to_ours, qwen_to_theirs),
+    "qwen2": Family("Qwen2ForCausalLM", "model.", LLAMA_ROWS, qwen2_to_ours, qwen_to_theirs),
     # the home of our own depth models: qk-norm with a squared ReLU
     "apertus": Family(
-        "ApertusForCausalLM", "model.", APERTUS_ROWS, _apertus_to_ours, _apertus_to_theirs
+        "ApertusForCausalLM", "model.", APERTUS_ROWS, apertus_to_ours, apertus_to_theirs
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM", "model.", MIXTRAL_ROWS, mixtral_to_ours, mixtral_to_theirs
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM", "model.", QWEN3_MOE_ROWS, qwen3_moe_to_ours, qwen3_moe_to_theirs
     ),
 }

@@ -25,6 +25,8 @@ class Row:
     Several of ours stand side by side on the last axis of theirs (GPT-2's fused projection). Axes
     are letters, one a dimension, and parentheses join letters into one dimension: "(NH)D" is N·H by
     D. "{layer}" in a name stands for the layer's number; our path is then within that layer.
+    "{expert}" stands for the number of an expert: ours has all of them on its first axis, which the
+    letters leave out.
     """
 
     theirs: str
@@ -42,6 +44,11 @@ class Row:
         """Whether there is one such tensor a layer."""
         return "{layer}" in self.theirs
 
+    @property
+    def in_experts(self) -> bool:
+        """Whether there is one such tensor an expert."""
+        return "{expert}" in self.theirs
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -50,7 +57,7 @@ class Tensor:
     row: Row
     name: str
     shape: tuple[int, ...]
-    places: tuple[tuple[str, int | None], ...]  # path of our array, index on its layer axis
+    places: tuple[tuple[str, tuple[int, ...]], ...]  # path of our array, index of layer and expert
 
 
 def axis_sizes(config: TransformerConfig) -> dict[str, int]:
@@ -63,6 +70,8 @@ def axis_sizes(config: TransformerConfig) -> dict[str, int]:
         "h": config.head_dim // 2,
         "r": 2,  # a rotary pair: H = r·h
         "F": config.mlp_width,
+        "f": config.expert_mlp_width,
+        "E": config.num_experts,
         "V": config.vocab_size,
         "T": config.max_length_tokens,
     }
@@ -140,9 +149,9 @@ def load_params(
     for tensor in wanted:
         values = read(tensor.name)
         parts = np.split(values, len(tensor.places), axis=-1)
-        for part, (path, layer) in zip(parts, tensor.places, strict=True):
+        for part, (path, index) in zip(parts, tensor.places, strict=True):
             part = rearrange(part, tensor.row.their_axes, tensor.row.our_axes, sizes)
-            goal = flat[path] if layer is None else flat[path][layer]
+            goal = flat[path][index]
             goal[tuple(slice(size) for size in part.shape)] = part
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
@@ -171,11 +180,11 @@ def read_param(tensor: Tensor, config: TransformerConfig, params: dict) -> np.nd
     """
     sizes, parts = axis_sizes(config), []
     true_shape = shape_of(tensor.row.our_axes, sizes)
-    for path, layer in tensor.places:
+    for path, index in tensor.places:
         leaf = params
         for key in path.split("/"):
             leaf = leaf[key]
-        part = np.asarray(leaf if layer is None else leaf[layer])
+        part = np.asarray(leaf[index] if index else leaf)
         part = part[tuple(slice(size) for size in true_shape)]
         parts.append(rearrange(part, tensor.row.our_axes, tensor.row.their_axes, sizes))
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
@@ -189,23 +198,29 @@ def _all_tensors(rows, config, sizes) -> Iterator[Tensor]:
     rows = tuple(rows)
     layers = _layer_places(config)
 
-    def one(row: Row, layer: int | None) -> Tensor:
-        prefix, index = ("", None) if layer is None else layers[layer]
-        places = tuple((prefix + path, index) for path in row.ours_all)
+    def each(row: Row, layer: int | None) -> Iterator[Tensor]:
+        prefix, index = ("", ()) if layer is None else layers[layer]
         *front, last = shape_of(row.their_axes, sizes)
-        name = row.theirs if layer is None else row.theirs.format(layer=layer)
-        return Tensor(row, name, (*front, last * len(places)), places)
+        shape = (*front, last * len(row.ours_all))
+        for expert in range(config.num_experts) if row.in_experts else (None,):
+            at = index if expert is None else (*index, expert)
+            places = tuple((prefix + path, at) for path in row.ours_all)
+            yield Tensor(row, row.theirs.format(layer=layer, expert=expert), shape, places)
 
-    yield from (one(row, None) for row in rows if not row.in_layers)
+    for row in rows:
+        if not row.in_layers:
+            yield from each(row, None)
     for layer in range(config.num_layers):
-        yield from (one(row, layer) for row in rows if row.in_layers)
+        for row in rows:
+            if row.in_layers:
+                yield from each(row, layer)
 
 
-def _layer_places(config: TransformerConfig) -> list[tuple[str, int | None]]:
+def _layer_places(config: TransformerConfig) -> list[tuple[str, tuple[int, ...]]]:
     """Return, for each layer, the path it lives under and its index on the stacked axis."""
-    places = [(f"prefix_{i}/", None) for i in range(len(config.prefix_layers))]
+    places = [(f"prefix_{i}/", ()) for i in range(len(config.prefix_layers))]
     for cycle in range(config.num_cycles):
-        places += [(f"cycle/layer_{j}/", cycle) for j in range(len(config.cycle_layers))]
+        places += [(f"cycle/layer_{j}/", (cycle,)) for j in range(len(config.cycle_layers))]
     return places
 
 

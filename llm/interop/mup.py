@@ -8,8 +8,8 @@ from llm.models.config import TransformerConfig
 
 
 def fold_mup(config: TransformerConfig, params: dict) -> tuple[TransformerConfig, dict]:
-    """Return the same function without multipliers: the head's in its kernel, attention's in the
-    query's kernel, or its norm. Without muP both come back as they are.
+    """Return the same function without multipliers: the head's and the routers' in their kernels,
+    attention's in the query's kernel, or its norm. Without muP both come back as they are.
 
     Raises:
       ValueError: the head is tied, so that its multiplier would scale the lookup too.
@@ -29,7 +29,7 @@ def fold_mup(config: TransformerConfig, params: dict) -> tuple[TransformerConfig
 
     def one(path, leaf):
         names = [entry.key for entry in path]
-        if names[0] == "head":
+        if names[0] == "head" or "router" in names:
             return leaf / ratio
         return leaf * factor if scaled in names else leaf
 

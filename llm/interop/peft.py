@@ -59,6 +59,11 @@ def save_peft(
         pair = _factors(tensor, flat, adapter.rank)
         if pair is None:
             continue
+        if tensor.row.in_experts:
+            raise ValueError(
+                f"PEFT has no form for the factors of {tensor.name}: transformers holds experts "
+                "side by side; merge them (export a whole model), or adapt attention alone"
+            )
         module = tensor.name.removesuffix(".weight")
         ending = ".".join(module.split(".")[-2:])  # GPT-2 has a c_proj in each half of a layer
         modules.add(ending)
@@ -118,10 +123,9 @@ def merge_peft(directory: str | os.PathLike, config: TransformerConfig, params: 
         delta = _scale(theirs, match[1]) * (b.astype(np.float32) @ a.astype(np.float32))
         delta = delta.T if theirs.get("fan_in_fan_out") else delta
         parts = np.split(delta.reshape(tensor.shape), len(tensor.places), axis=-1)
-        for part, (path, layer) in zip(parts, tensor.places, strict=True):
+        for part, (path, index) in zip(parts, tensor.places, strict=True):
             part = rearrange(part, tensor.row.their_axes, tensor.row.our_axes, sizes)
-            goal = flat[path] if layer is None else flat[path][layer]
-            goal += part
+            flat[path][index] += part
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -155,11 +159,11 @@ def _factors(
     Parts side by side have ranks of their own: A is stacked and B block-diagonal.
     """
     pairs = []
-    for path, layer in tensor.places:
+    for path, index in tensor.places:
         parent = path.removesuffix("/kernel")
         pair = [flat.get(f"{parent}/lora_{x}") for x in "ab"]
         if pair[0] is not None:
-            a, b = (np.asarray(x if layer is None else x[layer], np.float32) for x in pair)
+            a, b = (np.asarray(x[index] if index else x, np.float32) for x in pair)
             pairs.append((a.reshape(-1, rank).T, b.reshape(rank, -1).T))
         else:
             pairs.append(None)

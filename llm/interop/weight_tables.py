@@ -32,6 +32,24 @@ LLAMA_ROWS = (
     Row("lm_head.weight", "VD", "head/kernel", "DV"),
 )
 
+_MOE = "model.layers.{layer}.mlp"
+QWEN3_MOE_ROWS = (
+    *LLAMA_ROWS,
+    Row(_MOE + ".gate.weight", "ED", "mlp/router/scores/kernel", "DE"),
+    Row(_MOE + ".experts.{expert}.gate_proj.weight", "fD", "mlp/experts/gate/kernel", "Df"),
+    Row(_MOE + ".experts.{expert}.up_proj.weight", "fD", "mlp/experts/up/kernel", "Df"),
+    Row(_MOE + ".experts.{expert}.down_proj.weight", "Df", "mlp/experts/down/kernel", "fD"),
+)
+
+_SPARSE = "model.layers.{layer}.block_sparse_moe"
+MIXTRAL_ROWS = (
+    *(row for row in LLAMA_ROWS if ".mlp." not in row.theirs),
+    Row(_SPARSE + ".gate.weight", "ED", "mlp/router/scores/kernel", "DE"),
+    Row(_SPARSE + ".experts.{expert}.w1.weight", "fD", "mlp/experts/gate/kernel", "Df"),
+    Row(_SPARSE + ".experts.{expert}.w3.weight", "fD", "mlp/experts/up/kernel", "Df"),
+    Row(_SPARSE + ".experts.{expert}.w2.weight", "Df", "mlp/experts/down/kernel", "fD"),
+)
+
 _FUSED = ("attention/query", "attention/key", "attention/value")
 
 GPT2_ROWS = (

@@ -66,7 +66,8 @@ def merge_params(model: Model, params: dict) -> dict:
 
 
 def _product(a: Float[Array, "..."], b: Float[Array, "..."], ndim: int) -> Float[Array, "..."]:
-    """Return a · b over the rank, layer by layer where they are stacked."""
-    if a.ndim + b.ndim - 2 == ndim:
-        return jnp.tensordot(a, b, 1)
-    return jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)
+    """Return a · b over the rank, for each layer and expert where they are stacked."""
+    product = functools.partial(jnp.tensordot, axes=1)
+    for _ in range(a.ndim + b.ndim - 2 - ndim):
+        product = jax.vmap(product)
+    return product(a, b)

@@ -51,10 +51,15 @@ def _choose(q: Queries, k: Keys, pattern: AttentionPattern, softcap: float | Non
     backend = platform()
     if not training:
         return "xla"
-    if backend == "gpu" and q.dtype != jnp.float32 and softcap is None and pattern.slopes is None:
+    if (
+        backend == "gpu"
+        and q.dtype != jnp.float32
+        and softcap is None
+        and pattern.alibi_heads is None
+    ):
         return "cudnn"
     if backend == "tpu" and q.shape[1] % 128 == 0 and pattern.kind == "causal":
-        return "splash" if pattern.slopes is None else "xla"
+        return "splash" if pattern.alibi_heads is None else "xla"
     return "blocked" if backend == "cpu" else "xla"
 
 
@@ -131,7 +136,7 @@ def _attend_blocked(q, k, v, pattern, softcap):
 
 def _attend_cudnn(q, k, v, pattern, softcap):
     """cuDNN's fused attention; packed segments and prefixes go in as an explicit mask."""
-    if softcap is not None or pattern.slopes is not None:
+    if softcap is not None or pattern.alibi_heads is not None:
         raise ValueError(
             "attention_kernel='cudnn' has no soft-cap and no ALiBi; use 'xla' or 'auto'"
         )

@@ -5,13 +5,17 @@ from typing import Literal
 
 from llm.parallel.checks import LARGEST, check_multiple, check_ranges, shown
 
+LAYER_KINDS = ("global", "local", "global_moe", "local_moe")
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """One transformer. GPT-2, Llama, Qwen and the rest are values of this, not subclasses.
 
     Layers are `prefix_layers` once, then `cycle_layers` repeated: "global" layers attend to all
-    positions that `attention` admits, "local" ones to `sliding_window_tokens` of them.
+    positions that `attention` admits, "local" ones to `sliding_window_tokens` of them. Those named
+    "global_moe" and "local_moe" have a mixture of experts for their feed-forward block: Mixtral is
+    a cycle ("global_moe",), a DeepSeek has a prefix ("global",) before it.
     """
 
     vocab_size: int = 50257
@@ -48,6 +52,19 @@ class TransformerConfig:
     )
     mlp_bias: bool = False
     dropout_rate: float = 0.0
+
+    num_experts: int = 0  # E, in layers of kind global_moe and local_moe
+    experts_per_token: int = 0
+    expert_mlp_width: int = 0  # F of each expert
+    # Of an expert that every token goes through; 0: none. n of them are one of n times the width.
+    shared_expert_width: int = 0
+    # An expert's score of a token: softmax over the experts, or each expert's own sigmoid.
+    router_scores: Literal["softmax", "sigmoid"] = "softmax"
+    router_renormalise: bool = True  # the chosen experts' scores sum to one
+    router_scale: float = 1.0  # of them, then
+    # Each expert takes at most this times a sequence's mean load from it; further tokens pass by.
+    # None: dropless.
+    expert_capacity_factor: float | None = None
 
     tied_head: bool = False
     head_softcap: float | None = None
@@ -88,6 +105,11 @@ class TransformerConfig:
         return self.prefix_layers + self.cycle_layers * self.num_cycles
 
     @property
+    def moe_layers(self) -> int:
+        """The number of layers with experts."""
+        return sum(kind.endswith("_moe") for kind in self.layer_kinds)
+
+    @property
     def gated(self) -> bool:
         """Whether the feed-forward block multiplies by a gate (three matrices instead of two)."""
         return self.activation in ("swiglu", "geglu")
@@ -102,9 +124,10 @@ class TransformerConfig:
                 "max_length_tokens vocab_multiple sliding_window_tokens "
                 "rope_original_length_tokens mup_base_width mup_base_head_dim"
             ),
+            count="num_experts experts_per_token expert_mlp_width shared_expert_width",
             positive=(
-                "attention_softcap head_softcap rope_theta rope_factor "
-                "rope_low_frequency_factor rope_high_frequency_factor"
+                "attention_softcap head_softcap rope_theta rope_factor rope_low_frequency_factor "
+                "rope_high_frequency_factor router_scale expert_capacity_factor"
             ),
             below_one="dropout_rate",
             within={"norm_epsilon": "(0, 1]"},
@@ -117,8 +140,9 @@ class TransformerConfig:
         check_multiple("model.num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
         for kind in self.prefix_layers + self.cycle_layers:
             _require(
-                kind in ("global", "local"),
-                f"model.prefix_layers or cycle_layers has {shown(kind)}; they are global and local",
+                kind in LAYER_KINDS,
+                f"model.prefix_layers or cycle_layers has {shown(kind)}; they are "
+                f"{', '.join(LAYER_KINDS)}",
             )
         _require(bool(self.cycle_layers), "model.cycle_layers is empty: give at least ('global',)")
         cycled = self.num_layers - len(self.prefix_layers)
@@ -128,7 +152,8 @@ class TransformerConfig:
             f"plus whole cycles of {len(self.cycle_layers)}",
         )
         _require(
-            "local" not in self.layer_kinds or self.sliding_window_tokens is not None,
+            not any(kind.startswith("local") for kind in self.layer_kinds)
+            or self.sliding_window_tokens is not None,
             "local layers need a positive model.sliding_window_tokens",
         )
         _require(
@@ -144,6 +169,30 @@ class TransformerConfig:
             or self.rope_low_frequency_factor < self.rope_high_frequency_factor,
             f"model.rope_low_frequency_factor={self.rope_low_frequency_factor} must be below "
             f"rope_high_frequency_factor={self.rope_high_frequency_factor}",
+        )
+        self._check_experts()
+
+    def _check_experts(self):
+        if not self.moe_layers:
+            _require(
+                not self.num_experts,
+                f"model.num_experts={self.num_experts}, but no layer is global_moe or local_moe",
+            )
+            return
+        for name in ("num_experts", "experts_per_token", "expert_mlp_width"):
+            _require(
+                getattr(self, name) > 0,
+                f"model.{name}=0: layers of kind global_moe and local_moe need it positive",
+            )
+        _require(
+            self.experts_per_token <= self.num_experts,
+            f"model.experts_per_token={self.experts_per_token} exceeds "
+            f"num_experts={self.num_experts}",
+        )
+        _require(not self.mlp_bias, "model.mlp_bias=True: experts have no biases; set it to False")
+        _require(
+            self.activation != "none",
+            "model.activation='none' leaves out the feed-forward block, which experts are",
         )
 
 
@@ -187,9 +236,16 @@ class ComputeConfig:
     attention_kernel: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto"
     remat: Literal["none", "full", "dots", "dots_with_no_batch", "attention"] = "none"
     unroll_layers: bool = True  # faster to run when small; rolled compiles fast at depth
+    # With mesh.pipeline > 1: stretches of layers a stage, and parts of a batch that follow each
+    # other through the stages (None: two a stage, or one). See llm/models/pipeline.py.
+    pipeline_repeats: int = 1
+    pipeline_microbatches: int | None = None
     # On GPUs: kernels that give the same bits each time, none chosen by trying them out, as bitwise
     # resumes need. It holds for the whole process. CPUs and TPUs do so anyway.
     deterministic: bool = False
+
+    def __post_init__(self):
+        check_ranges(self, section="compute.", size="pipeline_repeats pipeline_microbatches")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,24 +1,25 @@
 """Attention, feed-forward and the residual block that joins them. Models floor."""
 
 import functools
-from typing import Literal, no_type_check
+from typing import no_type_check
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from llm.models.attention_kernels import attend
 from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
+from llm.models.context import whole_rows
+from llm.models.feed_forward import FeedForward, Hidden, kernel_init
 from llm.models.masks import AttentionPattern
+from llm.models.moe import MixtureOfExperts
 from llm.models.norms import Norm
 from llm.models.positions import apply_rotary
-from llm.models.projection import Projection, fan_in
+from llm.models.projection import Projection
 from llm.parallel.rules import constrain
-
-Hidden = Float[Array, "B T D"]
 
 
 @no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
@@ -26,7 +27,8 @@ Hidden = Float[Array, "B T D"]
 class LayerInputs:
     """What every layer of one forward pass shares."""
 
-    patterns: dict[str, AttentionPattern]  # by layer kind
+    patterns: dict[str, AttentionPattern]  # by layer kind, whatever the feed-forward block
+    real: Bool[Array, "B T"] | None  # tokens that are no padding; None: all
     rotary: tuple[jax.Array, jax.Array] | None  # cos and sin
     deterministic: bool = flax.struct.field(pytree_node=False)
 
@@ -54,7 +56,7 @@ class Attention(nn.Module):
     config: TransformerConfig
     compute: ComputeConfig
     adapter: AdapterConfig
-    kind: Literal["global", "local"]
+    kind: str
 
     @nn.compact
     def __call__(
@@ -74,13 +76,9 @@ class Attention(nn.Module):
         kv_axes = ("embed", "kv_heads", "head_dim")
         key = project("key", "BTD,DKH->BTKH", (d, k, h), kv_axes, bias)(x)
         value = project("value", "BTD,DKH->BTKH", (d, k, h), kv_axes, bias)(x)
-        query = constrain(
-            query,
-            "activation_batch",
-            "activation_length",
-            "activation_heads",
-            "activation_head_dim",
-        )
+        of_tokens = "activation_batch", "activation_length"
+        query_axes = (*of_tokens, "activation_heads", "activation_head_dim")
+        query = constrain(query, *query_axes)
         if c.qk_norm:
             query = Norm("rmsnorm", c.norm_epsilon, dtype, name="query_norm")(query)
             key = Norm("rmsnorm", c.norm_epsilon, dtype, name="key_norm")(key)
@@ -91,7 +89,7 @@ class Attention(nn.Module):
         if self.is_mutable_collection("probes"):
             self.sow("probes", "seen_query", query)
             self.sow("probes", "seen_key", key)
-        pattern = inputs.patterns[self.kind]
+        pattern = inputs.patterns[self.kind.removesuffix("_moe")]
         key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
         if cache is not None:
             start = pattern.query_start
@@ -99,65 +97,27 @@ class Attention(nn.Module):
             if start is not None:  # else empty before: these keys are all
                 key, value = cache.key, cache.value
         out = attend(
-            query,
-            key,
-            value,
+            *whole_rows(query, key, value),
             pattern,
             kernel=self.compute.attention_kernel,
             softcap=c.attention_softcap,
         )
-        out = checkpoint_name(out, "attention")
+        out = checkpoint_name(constrain(out, *query_axes), "attention")
         spec, axes = "BTNH,NHD->BTD", ("heads", "head_dim", "embed")
         out = project("out", spec, (n, h, d), axes, c.attention_bias == "all", residual=True)(out)
         return out, cache
 
 
-class FeedForward(nn.Module):
-    """Two matrices around a non-linearity, or three with a gate (Shazeer 2020, 2002.05202)."""
-
-    config: TransformerConfig
-    compute: ComputeConfig
-    adapter: AdapterConfig
-
-    @nn.compact
-    def __call__(self, x: Hidden) -> Hidden:
-        c, dtype = self.config, jnp.dtype(self.compute.dtype)
-        d, f = c.width, c.mlp_width
-
-        def project(name, spec, shape, axes, residual=False):
-            init = kernel_init(c, spec, shape, residual)
-            return Projection(
-                spec, shape, axes, init, c.mlp_bias, dtype, adapter=self.adapter, name=name
-            )
-
-        up = project("up", "BTD,DF->BTF", (d, f), ("embed", "mlp"))(x)
-        match c.activation:
-            case "gelu":
-                hidden = jax.nn.gelu(up, approximate=False)
-            case "gelu_tanh":
-                hidden = jax.nn.gelu(up, approximate=True)
-            case "relu":
-                hidden = jax.nn.relu(up)
-            case "relu_squared":
-                hidden = jnp.square(jax.nn.relu(up))
-            case "swiglu":
-                hidden = (
-                    jax.nn.silu(project("gate", "BTD,DF->BTF", (d, f), ("embed", "mlp"))(x)) * up
-                )
-            case "geglu":
-                gate = project("gate", "BTD,DF->BTF", (d, f), ("embed", "mlp"))(x)
-                hidden = jax.nn.gelu(gate, approximate=True) * up
-        hidden = constrain(hidden, "activation_batch", "activation_length", "activation_mlp")
-        return project("down", "BTF,FD->BTD", (f, d), ("mlp", "embed"), residual=True)(hidden)
-
-
 class Layer(nn.Module):
-    """Attention and feed-forward, each with a residual around it and a norm before or after."""
+    """Attention and feed-forward, each with a residual around it and a norm before or after.
+
+    `kind` is one of config.LAYER_KINDS.
+    """
 
     config: TransformerConfig
     compute: ComputeConfig
     adapter: AdapterConfig
-    kind: Literal["global", "local"]
+    kind: str
 
     @nn.compact
     def __call__(
@@ -167,7 +127,11 @@ class Layer(nn.Module):
         attention_norm = Norm(c.norm, c.norm_epsilon, dtype, name="attention_norm")
         attention = Attention(c, self.compute, self.adapter, self.kind, name="attention")
         mlp_norm = Norm(c.norm, c.norm_epsilon, dtype, name="mlp_norm")
-        mlp = FeedForward(c, self.compute, self.adapter, name="mlp")
+        if self.kind.endswith("_moe"):
+            experts = MixtureOfExperts(c, self.compute, self.adapter, name="mlp")
+            mlp = functools.partial(experts, real=inputs.real, cached=cache is not None)
+        else:
+            mlp = FeedForward(c, self.compute, self.adapter, c.mlp_width, name="mlp")
 
         def dropout(y):
             return nn.Dropout(c.dropout_rate)(y, deterministic=inputs.deterministic)
@@ -183,17 +147,3 @@ class Layer(nn.Module):
             if c.activation != "none":
                 x = mlp_norm(x + dropout(mlp(x)))
         return constrain(x, "activation_batch", "activation_length", "activation_embed"), cache
-
-
-def kernel_init(config: TransformerConfig, spec: str, shape: tuple[int, ...], residual: bool):
-    """Return the initialiser of a kernel; `residual` marks those that write to the residual stream.
-
-    Source: "gpt2" is Radford et al. 2019, section 2.3; "fan_in" with zero residual outputs is the
-    modded-nanogpt and nanochat practice.
-    """
-    if config.initializer == "gpt2":
-        std = 0.02 / (config.width_ratio or 1.0) ** 0.5
-        return nn.initializers.normal(std / (2 * config.num_layers) ** 0.5 if residual else std)
-    if residual:
-        return nn.initializers.zeros_init()
-    return nn.initializers.normal(fan_in(spec, shape) ** -0.5)

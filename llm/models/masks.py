@@ -6,6 +6,8 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from llm.models.positions import alibi_slopes
+
 
 @no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
 @flax.struct.dataclass
@@ -25,7 +27,7 @@ class AttentionPattern:
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
     prefix: Bool[Array, "B S"] | None = None  # keys that every query of their document may see
-    slopes: Float[Array, " N"] | None = None  # ALiBi
+    alibi_heads: int | None = flax.struct.field(pytree_node=False, default=None)  # N, with ALiBi
 
     def distance(self, queries: slice, keys: slice) -> Int[Array, "T S"]:
         """Return how many tokens before the query each key stands, negative for later keys."""
@@ -53,6 +55,7 @@ class AttentionPattern:
 
     def bias(self, queries: slice, keys: slice) -> Float[Array, "N T S"] | None:
         """Return what each head adds to its logits: −slope · distance for ALiBi, else None."""
-        if self.slopes is None:
+        if self.alibi_heads is None:
             return None
-        return -self.slopes[:, None, None] * jnp.abs(self.distance(queries, keys))[None]
+        slopes = jnp.asarray(alibi_slopes(self.alibi_heads))
+        return -slopes[:, None, None] * jnp.abs(self.distance(queries, keys))[None]

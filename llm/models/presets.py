@@ -44,6 +44,16 @@ def _llama(width, num_layers, num_heads, num_kv_heads, mlp_width, **other) -> Tr
     return TransformerConfig(**(shape | other))
 
 
+def _experts(num_experts: int, per_token: int, width: int, shared: int = 0) -> dict:
+    return dict(
+        cycle_layers=("global_moe",),
+        num_experts=num_experts,
+        experts_per_token=per_token,
+        expert_mlp_width=width,
+        shared_expert_width=shared * width,
+    )
+
+
 _LLAMA3 = dict(vocab_size=128_256, max_length_tokens=8192, rope_theta=500_000.0)
 
 PRESETS: dict[str, TransformerConfig] = {
@@ -80,7 +90,67 @@ PRESETS: dict[str, TransformerConfig] = {
         rope_theta=100_000.0,
         tied_head=True,
     ),
-    # Yang et al. 2025, arXiv:2505.09388, table 1.
+    # Jiang et al. 2024, arXiv:2401.04088, table 1, and the released config.json.
+    "mixtral-8x7b": _llama(
+        4096,
+        32,
+        32,
+        8,
+        14336,
+        vocab_size=32_000,
+        max_length_tokens=32_768,
+        rope_theta=1_000_000.0,
+        **_experts(8, 2, 14336),
+    ),
+    # Dai et al. 2024, arXiv:2401.06066, section 5.1: two shared experts beside six of 64, the first
+    # layer dense; that layer's width from the released config.json.
+    "deepseek-moe-16b": _llama(
+        2048,
+        28,
+        16,
+        16,
+        10944,
+        vocab_size=102_400,
+        max_length_tokens=4096,
+        norm_epsilon=1e-6,
+        prefix_layers=("global",),
+        router_renormalise=False,
+        **_experts(64, 6, 1408, shared=2),
+    ),
+    # Moonshot AI 2025, arXiv:2507.20534, table 2 (Kimi K2), but with eight key-value heads of 128
+    # (grouped queries) for its multi-head latent attention: 1.9B parameters more. Its balance comes
+    # from a bias on the choice of experts; here it is the loss's.
+    "moe-1t": _llama(
+        7168,
+        61,
+        64,
+        8,
+        18432,
+        vocab_size=163_840,
+        head_dim=128,
+        max_length_tokens=4096,
+        rope_theta=50_000.0,
+        norm_epsilon=1e-6,
+        prefix_layers=("global",),
+        router_scores="sigmoid",
+        router_scale=2.827,
+        **_experts(384, 8, 2048, shared=1),
+    ),
+    # Yang et al. 2025, arXiv:2505.09388, tables 1 and 2.
+    "qwen3-30b-a3b": _llama(
+        2048,
+        48,
+        32,
+        4,
+        6144,
+        vocab_size=151_936,
+        head_dim=128,
+        max_length_tokens=40_960,
+        rope_theta=1_000_000.0,
+        norm_epsilon=1e-6,
+        qk_norm=True,
+        **_experts(128, 8, 768),
+    ),
     "qwen3-0.6b": _llama(
         1024,
         28,

@@ -17,22 +17,27 @@ SCALE = "kernel_scale"
 _KINDS = {"kernel_int8": jnp.int8, "kernel_nf4": "nf4"}  # parameter's name → qwix's type
 
 
-def stored_shapes(adapter: AdapterConfig, shape: tuple[int, ...], num_inputs: int) -> Shapes:
-    """Return the parameters that store a kernel whose first `num_inputs` axes are summed over.
+def stored_shapes(
+    adapter: AdapterConfig, shape: tuple[int, ...], num_stacked: int, num_inputs: int
+) -> Shapes:
+    """Return the parameters that store kernels of which `num_stacked` leading axes count (experts),
+    whose next `num_inputs` axes are summed over.
 
     int8 has a scale an output; nf4 one for each block of inputs along the last input axis.
 
     Raises:
       ValueError: nf4, and the last axis is odd.
     """
-    codes, dtype, scale = list(shape), jnp.int8, [1] * num_inputs + list(shape[num_inputs:])
+    first_output = num_stacked + num_inputs
+    codes, dtype = list(shape), jnp.int8
+    scale = [*shape[:num_stacked], *[1] * num_inputs, *shape[first_output:]]
     if adapter.quantize == "nf4":
         if shape[-1] % 2:
             raise ValueError(f"adapter.quantize='nf4' stores pairs: {shape[-1]} outputs are odd")
         codes[-1], dtype = codes[-1] // 2, jnp.uint8
-        rows = shape[num_inputs - 1]
+        rows = shape[first_output - 1]
         block = next(n for n in range(min(adapter.block, rows), 0, -1) if rows % n == 0)
-        scale = [*shape[: num_inputs - 1], rows // block, *shape[num_inputs:]]
+        scale = [*shape[: first_output - 1], rows // block, *shape[first_output:]]
     return {
         f"kernel_{adapter.quantize}": jax.ShapeDtypeStruct(tuple(codes), dtype),
         SCALE: jax.ShapeDtypeStruct(tuple(scale), jnp.float32),

@@ -33,7 +33,7 @@ def attend_splash(
       ValueError: the kernel cannot do what the pattern asks, or the length does not fit it.
     """
     batch, length, heads, width = q.shape
-    if pattern.slopes is not None or pattern.kind == "prefix":
+    if pattern.alibi_heads is not None or pattern.kind == "prefix":
         raise ValueError("attention_kernel='splash' has no ALiBi and no prefixes; use 'xla'")
     if length != k.shape[2] or pattern.query_start is not None:
         raise ValueError("attention_kernel='splash' is for whole sequences; decode with 'auto'")
@@ -56,13 +56,12 @@ def attend_splash(
     q = (q * width**-0.5).astype(q.dtype).transpose(0, 2, 1, 3)
     if not jax.sharding.get_abstract_mesh().empty:
         # The compiler cannot split a kernel: each device runs it on its own sequences and heads.
-        of_queries = partition_spec(("activation_batch", "activation_heads", None, None))
-        of_keys = partition_spec(("activation_batch", "activation_kv_heads", None, None))
-        of_segments = PartitionSpec(of_queries[0], None)
+        of_heads = partition_spec(("activation_batch", "activation_whole_row_heads", None, None))
+        of_segments = PartitionSpec(of_heads[0], None)
         local = jax.shard_map(
             local,
-            in_specs=(of_queries, of_keys, of_keys, of_segments),
-            out_specs=of_queries,
+            in_specs=(of_heads, of_heads, of_heads, of_segments),
+            out_specs=of_heads,
             check_vma=False,
         )
     return local(q, k, v, segments).transpose(0, 2, 1, 3)

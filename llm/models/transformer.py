@@ -19,11 +19,14 @@ from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
 from llm.models.layers import Hidden, Layer, LayerCache, LayerInputs
 from llm.models.masks import AttentionPattern
 from llm.models.norms import Norm
-from llm.models.positions import alibi_slopes, rotary_angles, sinusoidal_embedding
+from llm.models.pipeline import num_stages, run_pipeline
+from llm.models.positions import rotary_angles, sinusoidal_embedding
 from llm.models.projection import Projection, float32_product
-from llm.parallel.rules import constrain
+from llm.models.router import COLLECTION
+from llm.parallel.rules import constrain, gathered
 
 Tokens = Int[Array, "B T"]
+_TABLE = ("vocab", "embed")  # axes of the embedding, and in the other order of the head
 
 
 @no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
@@ -68,7 +71,7 @@ class Transformer(nn.Module):
                 f"compute.dtype={self.compute.dtype!r}: JAX computes so with JAX_ENABLE_X64=1 alone"
             )
         std = 0.02 if c.initializer == "gpt2" else 1.0
-        self.embedder = Embedder(c.padded_vocab_size, c.width, ("vocab", "embed"), std)
+        self.embedder = Embedder(c.padded_vocab_size, c.width, _TABLE, std)
         if c.positions == "learned":
             axes = ("positions", "embed")
             self.position_embedder = Embedder(c.max_length_tokens, c.width, axes, std)
@@ -79,7 +82,7 @@ class Transformer(nn.Module):
         if c.num_cycles:  # none once `unstack` has made every layer a prefix layer
             self.cycle = nn.scan(
                 _rematerialise(Cycle, self.compute, scanned=not unrolled),
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "router": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 length=c.num_cycles,
@@ -94,7 +97,7 @@ class Transformer(nn.Module):
             self.head = Projection(
                 "BTD,DV->BTV",
                 (c.width, c.padded_vocab_size),
-                ("embed", "vocab"),
+                _TABLE[::-1],
                 nn.initializers.normal(0.02 if c.initializer == "gpt2" else base_width**-0.5),
                 dtype=dtype,
                 float32_output=True,
@@ -141,12 +144,11 @@ class Transformer(nn.Module):
                     query_segments=segment_ids,
                     key_segments=segment_ids if isinstance(start, int) else segments,
                     prefix=prefix,
-                    slopes=jnp.asarray(alibi_slopes(c.num_heads))
-                    if c.positions == "alibi"
-                    else None,
+                    alibi_heads=c.num_heads if c.positions == "alibi" else None,
                 )
-                for kind in sorted(set(c.layer_kinds))
+                for kind in sorted({kind.removesuffix("_moe") for kind in c.layer_kinds})
             },
+            real=None if segment_ids is None else segment_ids > 0,
             rotary=rotary_angles(positions, c) if c.positions == "rotary" else None,
             deterministic=deterministic,
         )
@@ -156,7 +158,9 @@ class Transformer(nn.Module):
         for i in range(len(c.prefix_layers)):
             name = f"prefix_{i}"
             x, layers[name] = getattr(self, name)(x, inputs, caches.get(name))
-        if c.num_cycles:
+        if c.num_cycles and cache is None and num_stages() > 1 and not self.is_initializing():
+            x = self._pipelined(x, inputs)
+        elif c.num_cycles:
             x, layers["cycle"] = self.cycle(x, caches.get("cycle"), inputs)
         if c.norm_placement == "pre":
             x = self.final_norm(x)
@@ -176,6 +180,33 @@ class Transformer(nn.Module):
         if c.padded_vocab_size != c.vocab_size:
             logits = jnp.where(jnp.arange(c.padded_vocab_size) < c.vocab_size, logits, -jnp.inf)
         return constrain(logits, "activation_batch", "activation_length", "activation_vocab")
+
+    def _pipelined(self, x: Hidden, inputs: LayerInputs) -> Hidden:
+        """Return x after all cycles, each stage of the mesh's pipeline doing some of them."""
+        module = _rematerialise(Cycle, self.compute, scanned=True)
+        cycle = module(self.config, self.compute, self.adapter, parent=None)
+        key = None if inputs.deterministic else self.make_rng("dropout")
+        reported = [COLLECTION] if self.is_mutable_collection(COLLECTION) else []
+
+        def stage(params, x, inputs, turn):
+            def one(x, of_cycle):
+                params, i = of_cycle
+                rngs = {} if key is None else {"dropout": jax.random.fold_in(key, i)}
+                (x, _), report = cycle.apply(
+                    {"params": params}, x, None, inputs, rngs=rngs, mutable=reported
+                )
+                return x, report
+
+            number = jax.tree.leaves(params)[0].shape[0]
+            unroll = number if self.compute.unroll_layers else 1
+            return jax.lax.scan(one, x, (params, turn * number + jnp.arange(number)), unroll=unroll)
+
+        axes = logical_axes(self.clone(parent=None))["cycle"]
+        params = self.variables["params"]["cycle"]
+        x, reports = run_pipeline(stage, params, axes, x, inputs, self.compute)
+        for name, report in reports.items():
+            self.put_variable(name, "cycle", report)
+        return x
 
     def _embed(self, tokens, positions, deterministic):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
@@ -230,9 +261,10 @@ def scale_params(params: dict, factor: ArrayLike) -> dict:
 
 
 def head_params(config: TransformerConfig, params: dict) -> dict:
-    """Return the part of the parameters that `Transformer.unembed` reads."""
-    name = "embedder" if config.tied_head else "head"
-    return {name: params[name]}
+    """Return the part of the parameters that `Transformer.unembed` reads, for a loop over tiles."""
+    if config.tied_head:
+        return {"embedder": {"embedding": gathered(params["embedder"]["embedding"], _TABLE)}}
+    return {"head": {"kernel": gathered(params["head"]["kernel"], _TABLE[::-1])}}
 
 
 def logical_axes(model: Model) -> dict:

@@ -19,11 +19,11 @@ def unstacked(model: Transformer) -> Transformer:
 
 
 def unstack(model: Transformer, params: dict) -> dict:
-    """Return the parameters of `unstacked(model)`, in the compute dtype and gathered over fsdp.
+    """Return the parameters of `unstacked(model)` in the compute dtype, each whole but for tensor.
 
-    Norms and quantised kernels keep their types, as in the model itself. To be called once, before
-    a loop over tokens; of an unstacked model the parameters come back as they are. NumPy arrays
-    stay on the host.
+    Norms, routers and quantised kernels keep their types, as in the model itself. To be called
+    once, before a loop over tokens; of an unstacked model the parameters come back as they are.
+    NumPy arrays stay on the host.
     """
     config, dtype = model.config, jnp.dtype(model.compute.dtype)
     params = jax.tree_util.tree_map_with_path(
@@ -43,10 +43,12 @@ def unstack(model: Transformer, params: dict) -> dict:
 
 
 def _keeps_type(path) -> bool:
-    """Whether a parameter is of a norm, which computes in float32, or of a quantised kernel."""
+    """Whether a parameter is of a norm or router, which compute in float32, or of a quantised
+    kernel."""
     names = [str(getattr(entry, "key", "")) for entry in path]
-    return any(name.endswith("norm") for name in names) or names[-1].startswith("kernel_")
+    in_float32 = any(name.endswith(("norm", "router")) for name in names)
+    return in_float32 or names[-1].startswith("kernel_")
 
 
 def _gather(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    return constrain(x, *(None if name == "embed" else name for name in axes))
+    return constrain(x, *(None if name in ("embed", "layers") else name for name in axes))

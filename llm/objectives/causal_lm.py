@@ -11,9 +11,9 @@ Batch = dict[str, Array]
 
 
 def causal_lm_loss(
-    hidden_fn: Callable[..., tuple[Float[Array, "B T D"], None]],
     unembed: Callable[[dict, Float[Array, "B T D"]], Float[Array, "B T V"]],
     head: dict,
+    hidden: Float[Array, "B T D"],
     batch: Batch,
     *,
     z_loss: float = 0.0,
@@ -21,12 +21,9 @@ def causal_lm_loss(
 ) -> tuple[Float[Array, ""], Sums]:
     """Return the objective, summed over targets in nats, and sums: loss, z_loss, correct, tokens.
 
-    `hidden_fn(tokens, segment_ids=…, positions=…)` gives the last hidden states and
-    `unembed(head, hidden)` their logits. Divide by `tokens`, the sum of the batch's `loss_weights`.
+    `unembed(head, hidden)` gives the logits of the last hidden states. Divide by `tokens`, the sum
+    of the batch's `loss_weights`.
     """
-    hidden, _ = hidden_fn(
-        batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"]
-    )
     weights = batch["loss_weights"]
     objective, sums = tiled_cross_entropy(
         unembed, tile_tokens, z_loss, head, hidden, batch["targets"], weights

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 MESH_AXES = ("data", "fsdp", "expert", "pipeline", "context", "tensor")
 
@@ -10,8 +11,8 @@ MESH_AXES = ("data", "fsdp", "expert", "pipeline", "context", "tensor")
 class MeshConfig:
     """Devices along each mesh axis; one axis may be -1 and takes what the others leave.
 
-    Batches are split over data, fsdp and expert; parameters over fsdp, expert, pipeline and tensor;
-    sequences over context.
+    Batches are split over data, fsdp, expert and pipeline; parameters over fsdp, expert, pipeline
+    and tensor; sequences over context. See llm/parallel/rules.py for the whole table.
     """
 
     data: int = -1
@@ -20,6 +21,28 @@ class MeshConfig:
     pipeline: int = 1
     context: int = 1
     tensor: int = 1
+    # Of several TPU slices, or hosts of GPUs: the axis that crosses from one to the next, over the
+    # data centre's network; all others stay on the links within. "auto": the first that can.
+    across_slices: Literal["auto", "data", "pipeline", "fsdp"] = "auto"
+
+    def within_slices(self, num_devices: int, num_slices: int) -> tuple[str, tuple[int, ...]]:
+        """Return the axis that crosses slices, and the sizes within one, in MESH_AXES' order.
+
+        Raises:
+          ValueError: as `sizes`, or there are more slices than that axis can cross.
+        """
+        sizes = dict(zip(MESH_AXES, self.sizes(num_devices), strict=True))
+        auto = self.across_slices == "auto"
+        asked = ("data", "pipeline", "fsdp") if auto else (self.across_slices,)
+        fitting = [axis for axis in asked if sizes[axis] % num_slices == 0]
+        if not fitting:
+            tried = ", ".join(f"mesh.{axis}={sizes[axis]}" for axis in asked)
+            raise ValueError(
+                f"{num_slices} slices divide none of {tried}, one of which must cross them "
+                f"(mesh.across_slices={self.across_slices!r})"
+            )
+        sizes[fitting[0]] //= num_slices
+        return fitting[0], tuple(sizes.values())
 
     def sizes(self, num_devices: int) -> tuple[int, ...]:
         """Return the size of each axis in MESH_AXES' order on that many devices.

@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from llm.data.tokenizers import Tokenizer
+from llm.parallel.hosts import host_share, local_rows, place_batch
 from llm.rl.advantages import response_penalties
 from llm.rl.config import AlgorithmConfig, RolloutConfig
 from llm.rl.prompts import Prompt
 from llm.rl.rewards import RewardFn, score
 from llm.rl.rollout import Rollout, RolloutFn, response_texts
 from llm.training.state import TrainState
-from llm.training.step import local_rows, place_batch
 
 
 class Collected(NamedTuple):
@@ -46,7 +46,7 @@ def collect(
     With `dynamic_draws`, further prompts are drawn, so many times at most, while some groups have
     equal scores; groups whose scores differ take the places of those.
     """
-    settings = tokenizer, config, algorithm
+    settings = tokenizer, config, algorithm, mesh
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     key = jax.random.fold_in(key, 0)  # 1 is the learning's
     kept = _draw(rollout_fn, rewards, batches, state, *settings, jax.random.fold_in(key, 0))
@@ -60,18 +60,18 @@ def collect(
     return kept._replace(scores=scores)
 
 
-def _draw(rollout_fn, rewards, batches, state, tokenizer, config, algorithm, key) -> Collected:
+def _draw(
+    rollout_fn, rewards, batches, state, tokenizer, config, algorithm, mesh, key
+) -> Collected:
     """Sample and score one batch of prompts; scores stay on the host."""
     started = time.perf_counter()
-    dealt = next(batches)
-    each = len(dealt) // jax.process_count()
-    mine = dealt[jax.process_index() * each :][:each]
+    mine = host_share(mesh).of(next(batches))
     rollout = jax.block_until_ready(rollout_fn(state.params["policy"], mine, key))
     sampled = time.perf_counter()
     prompts = [prompt for prompt in mine for _ in range(config.group)]
-    texts = response_texts(rollout, tokenizer)
+    texts = response_texts(rollout, tokenizer, mesh)
     scores, by_source = score(rewards, prompts, texts)
-    scores -= _penalties(rollout, algorithm)
+    scores -= _penalties(rollout, algorithm, mesh)
     seconds = {
         "perf/generation_seconds": sampled - started,
         "perf/scoring_seconds": time.perf_counter() - sampled,
@@ -80,10 +80,10 @@ def _draw(rollout_fn, rewards, batches, state, tokenizer, config, algorithm, key
     return Collected(rollout, scores, prompts, texts, means | seconds)
 
 
-def _penalties(rollout: Rollout, algorithm: AlgorithmConfig) -> np.ndarray:
+def _penalties(rollout: Rollout, algorithm: AlgorithmConfig, mesh: Mesh) -> np.ndarray:
     """Return what this host's responses lose. Here, where groups are judged, and nowhere else."""
     penalties = response_penalties(
-        *(jnp.asarray(local_rows(x)) for x in (rollout.lengths, rollout.finished)),
+        *(jnp.asarray(local_rows(x, mesh)) for x in (rollout.lengths, rollout.finished)),
         max_length_tokens=rollout.mask.shape[1],
         missing_eos=algorithm.missing_eos_penalty,
         overlong_buffer_tokens=algorithm.overlong_buffer_tokens,
@@ -112,7 +112,7 @@ def _fill(kept: Collected, more: Collected, group: int, mesh: Mesh) -> Collected
         return [both[row] for row in rows]
 
     arrays = {
-        name: np.concatenate([local_rows(a), local_rows(b)])[rows]
+        name: np.concatenate([local_rows(a, mesh), local_rows(b, mesh)])[rows]
         for name, a, b in zip(Rollout._fields, kept.rollout, more.rollout, strict=True)
     }
     seconds = {

@@ -1,4 +1,7 @@
-"""What the models say of responses: log-probabilities, entropies, values. Third floor."""
+"""What the models say of responses: log-probabilities, entropies, values. Third floor.
+
+Routers of models with experts get no losses of their own from it (see preference_loss).
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, no_type_check

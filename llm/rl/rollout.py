@@ -16,10 +16,10 @@ from llm.generation.decode import make_generate
 from llm.generation.generator import stop_ids
 from llm.generation.prompts import sequence_keys
 from llm.models.transformer import Transformer
+from llm.parallel.hosts import host_share, local_rows, place_batch
 from llm.parallel.rules import ways
 from llm.rl.config import RolloutConfig
 from llm.rl.prompts import Prompt
-from llm.training.step import local_rows, place_batch
 
 
 @no_type_check  # a pytree holds shapes, shardings or NumPy arrays at times
@@ -86,7 +86,7 @@ def make_rollout(
 
     def rollout(params: dict, prompts: Sequence[Prompt], key) -> Rollout:
         # A prompt is read once for its whole group, unless there are too few to go round.
-        shared = divides_prompts(mesh, len(prompts) * jax.process_count())
+        shared = divides_prompts(mesh, len(prompts) * host_share(mesh).count)
         times, each = (1, config.group) if shared else (config.group, 1)
         prompts = [prompt for prompt in prompts for _ in range(times)]
         rows = np.full((len(prompts), config.prompt_tokens), pad_id, np.int32)
@@ -104,9 +104,9 @@ def divides_prompts(mesh: Mesh, num_prompts: int) -> bool:
     return num_prompts % ways(mesh, "activation_batch") == 0
 
 
-def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
+def response_texts(rollout: Rollout, tokenizer: Tokenizer, mesh: Mesh) -> list[str]:
     """Return this host's responses as text, without control tokens, up to where they ended."""
-    tokens, lengths = (local_rows(x) for x in (rollout.tokens, rollout.lengths))
+    tokens, lengths = (local_rows(x, mesh) for x in (rollout.tokens, rollout.lengths))
     responses = tokens[:, tokens.shape[1] - rollout.mask.shape[1] :]
     return [
         tokenizer.decode(row[:length], skip_control=True)

@@ -19,15 +19,16 @@ def num_params(config: TransformerConfig) -> int:
 
 
 def num_active_params(config: TransformerConfig) -> int:
-    """Return the parameters that multiply each token: the head counted, lookup tables left out."""
+    """Return the parameters that multiply each token: the head counted, lookup tables and experts
+    that a token does not go to left out."""
     lookups = 0 if config.tied_head else config.vocab_size * config.width
     if config.positions == "learned":
         lookups += config.max_length_tokens * config.width
-    return num_params(config) - lookups
+    return num_params(config) - lookups - _idle_expert_params(config)
 
 
 def num_layer_params(config: TransformerConfig) -> int:
-    """Return the parameters without embeddings and head.
+    """Return the parameters that multiply each token, without the head.
 
     Source: the N of Kaplan et al. 2020, arXiv:2001.08361, section 2.1.
     """
@@ -70,7 +71,8 @@ def count_flops(
 ) -> FlopsPerToken:
     """Return the FLOPs a token of sequences of that length.
 
-    With `causal_half` a query meets the keys that it may see: half of them, or its window's.
+    Of experts those count that a token goes to. With `causal_half` a query meets the keys that it
+    may see: half of them, or its window's.
     Without, it meets all T, as kernels compute that mask scores afterwards, and as XLA counts.
     """
     kernels = sum(
@@ -85,6 +87,7 @@ def count_flops(
         4.0 * config.num_heads * config.head_dim * keys
         for keys in _keys_per_query(config, length_tokens, causal_half)
     )
+    kernels -= _idle_expert_params(config)
     return FlopsPerToken(2.0 * kernels, attention, 2.0 * head)
 
 
@@ -107,9 +110,15 @@ def _keys_per_query(config: TransformerConfig, length: int, causal_half: bool) -
         return [float(length)] * config.num_layers
     visible = length / 2 if config.attention == "causal" else float(length)
     return [
-        min(visible, config.sliding_window_tokens) if kind == "local" else visible
+        min(visible, config.sliding_window_tokens) if kind.startswith("local") else visible
         for kind in config.layer_kinds
     ]
+
+
+def _idle_expert_params(config: TransformerConfig) -> int:
+    """Return the parameters of the experts that a token does not go to, over all layers."""
+    each = (3 if config.gated else 2) * config.width * config.expert_mlp_width
+    return config.moe_layers * (config.num_experts - config.experts_per_token) * each
 
 
 def _true_shapes(config: TransformerConfig) -> dict:

@@ -19,8 +19,8 @@ from llm.parallel.rules import batch_sharding
 from llm.training.state import TrainState, fresh_state, state_shardings
 
 
-def topology_devices(name: str) -> Sequence[jax.Device]:
-    """Return the devices of a TPU topology, as v5e:4x4, without one being here.
+def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
+    """Return the devices of a TPU topology, as v5e:4x4, without one being here; or of several.
 
     Raises:
       ValueError: libtpu is not installed, or knows no such topology.
@@ -28,8 +28,13 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks a cloud's metadata server
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    # else it complains that this machine is no worker of a pod; any name will do
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=name, num_slices=num_slices
+        ).devices
     except Exception as error:  # of what type depends on what is missing
         raise ValueError(
             f"no devices for {name!r}: {error}; topologies are named v5e:4x4, v5p:4x4x4, v6e:8x8, "
@@ -63,7 +68,7 @@ def abstract_batch(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a packed batch and where they lie."""
     shapes = batch_shapes(num_sequences, length_tokens)
-    rows = {name: _placed(x, batch_sharding(mesh, 2)) for name, x in shapes.items()}
+    rows = {name: _placed(x, batch_sharding(mesh, x.shape)) for name, x in shapes.items()}
     replicated = NamedSharding(mesh, PartitionSpec())
     return rows | {"cursor": jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated)}
 
@@ -76,7 +81,8 @@ class ChipMemory(NamedTuple):
     """What a compiled step needs on each chip, in bytes."""
 
     state: int  # parameters, optimizer, batch: lives through the step
-    temporaries: int  # gradients, activations, scratch: at their height
+    temporaries: int  # gradients, activations, scratch: each buffer counted
+    height: int  # the most that lives at once, the state included
 
     @property
     def total(self) -> int:
@@ -88,4 +94,5 @@ def chip_memory(compiled: jax.stages.Compiled) -> ChipMemory:
     found = compiled.memory_analysis()
     # The state that comes out takes the place of the one that went in (it is donated).
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes
-    return ChipMemory(found.argument_size_in_bytes + outputs, found.temp_size_in_bytes)
+    state = found.argument_size_in_bytes + outputs
+    return ChipMemory(state, found.temp_size_in_bytes, found.peak_memory_in_bytes)

@@ -10,7 +10,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from llm.models.adapters import is_factor
 from llm.training.config import OptimizerConfig
 
-_STACKED = "cycle"  # the subtree whose arrays carry the layers on axis 0
+_STACKED = ("layers", "experts")  # axes along which whole matrices lie, always in front
 
 
 def make_optimizer(
@@ -46,7 +46,7 @@ def make_optimizer(
             direction = optax.scale_by_lion(config.beta1, config.beta2)
         case "adafactor":
             adafactor = optax.adafactor(1.0, multiply_by_parameter_scale=False, decay_rate=0.8)
-            direction = optax.chain(_each_layer_apart(adafactor), optax.scale(-1.0))
+            direction = optax.chain(_each_matrix_apart(adafactor, axes), optax.scale(-1.0))
     if width_ratio is not None:
         direction = optax.chain(direction, _divide_matrices(axes, width_ratio))
     return optax.chain(direction, optax.add_decayed_weights(weight_decay, decay), optax.scale(-1.0))
@@ -110,14 +110,15 @@ def muon_dimensions(axes: dict) -> dict:
     """Return, for each parameter, the dimensions that Muon multiplies out; None: left to AdamW.
 
     Matrices inside layers are Muon's: each has the residual width ("embed") on one side and its
-    heads or features on the other; the layer axis is neither, so every layer is its own matrix.
+    heads or features on the other; the axes of layers and experts are neither, so that the matrix
+    of each is its own.
     """
 
     def one(path, names):
         if not _is_matrix(path, names):
             return None
         width = tuple(i for i, n in enumerate(names) if n == "embed")
-        other = tuple(i for i, n in enumerate(names) if n not in ("embed", "layers"))
+        other = tuple(i for i, n in enumerate(names) if n not in ("embed", *_STACKED))
         first = min(width) < min(other)
         return MuonDimensionNumbers(*((width, other) if first else (other, width)))
 
@@ -126,8 +127,9 @@ def muon_dimensions(axes: dict) -> dict:
 
 def _is_matrix(path, names: tuple[str | None, ...]) -> bool:
     """Whether a parameter is a matrix inside a layer: a kernel with the residual width on one side
-    and no vocabulary on the other."""
-    return path[-1].key == "kernel" and "embed" in names and "vocab" not in names
+    and on the other what grows with it, unlike a vocabulary or a router's experts."""
+    grows = "vocab" not in names and "router" not in names
+    return path[-1].key == "kernel" and "embed" in names and grows
 
 
 def _decays(path, embeddings: bool) -> bool:
@@ -140,20 +142,18 @@ def _is_axes(x) -> bool:
     return isinstance(x, tuple)
 
 
-def _each_layer_apart(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Run an optimizer whose statistics span whole arrays on each stacked layer by itself."""
+def _each_matrix_apart(
+    tx: optax.GradientTransformation, axes: dict
+) -> optax.GradientTransformation:
+    """Run an optimizer whose statistics span whole arrays on each layer and expert by itself."""
 
-    def mapped(fn, name):
-        return jax.vmap(fn) if name == _STACKED else fn
+    def mapped(stacked: str) -> optax.GradientTransformation:
+        init, update = tx
+        for _ in stacked.split():
+            init, update = jax.vmap(init), jax.vmap(update)
+        return optax.GradientTransformation(init, update)
 
-    def init(params):
-        return {name: mapped(tx.init, name)(part) for name, part in params.items()}
-
-    def update(updates, state, params):
-        done = {
-            name: mapped(tx.update, name)(updates[name], state[name], params[name])
-            for name in params
-        }
-        return {k: v[0] for k, v in done.items()}, {k: v[1] for k, v in done.items()}
-
-    return optax.GradientTransformation(init, update)
+    labels = jax.tree.map(
+        lambda names: " ".join(n for n in names if n in _STACKED), axes, is_leaf=_is_axes
+    )
+    return optax.partition({name: mapped(name) for name in jax.tree.leaves(labels)}, labels)

@@ -1,5 +1,9 @@
 """Losses on batches of comparisons, as the train step takes them: scores, or a policy's own
-log-probabilities. Second floor."""
+log-probabilities. Second floor.
+
+Routers of a model with experts get no losses of their own here, as in RLHF: such stages are short,
+and keep the balance that pretraining and fine-tuning asked for.
+"""
 
 from collections.abc import Callable
 
@@ -21,8 +25,9 @@ from llm.objectives.preference import (
     pairs_of,
     simpo_loss,
 )
+from llm.parallel.hosts import local_rows, place_batch
 from llm.training.config import PreferenceConfig
-from llm.training.step import Batch, LossFn, local_rows, place_batch
+from llm.training.step import Batch, LossFn
 
 Slots = Float[Array, "G K"]
 
@@ -139,7 +144,7 @@ def make_reference_step(
             return batch
         arrays = {name: x for name, x in batch.items() if name != "cursor"}
         found = look(params, reference_params, place_batch(arrays, mesh))
-        return batch | {name: local_rows(x) for name, x in found.items()}
+        return batch | {name: local_rows(x, mesh) for name, x in found.items()}
 
     return step
 

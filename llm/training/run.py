@@ -71,7 +71,8 @@ class Run:
         """
         self.workdir = absolute(workdir)
         self.step = 0  # optimizer steps done
-        self.total_steps = total_steps
+        self._planned_steps = total_steps
+        self.total_steps = total_steps = min(total_steps, run_config.stop_at_step or total_steps)
         self.run_config = run_config
         self._config = config
         self._amounts = Amounts(
@@ -286,7 +287,7 @@ class Run:
             cursor = getattr(self._state, "cursor", None)
             notes = {
                 "tokens": self.step * self._amounts.tokens_per_step,
-                "total_steps": self.total_steps,
+                "total_steps": self._planned_steps,
                 "cursor": None if cursor is None else int(cursor),
                 "config_digest": config_digest(self._config),
                 "spikes": self._spikes.state(),

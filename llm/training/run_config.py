@@ -33,6 +33,7 @@ class RunConfig:
     log_every_steps: int = 10
     save_every_steps: int = 1000  # 0: only at the end and when asked to stop
     save_every_seconds: float | None = None  # as well; on a single process
+    stop_at_step: int = 0  # end here, for now: with a later one the run goes on; 0: at its end
     keep_newest_checkpoints: int = 3
     keep_every_steps: int = 0  # checkpoints at its multiples stay for ever; 0: none do
     # A full disk: warn, train on, try again when a save is due. On a single process.
@@ -47,14 +48,18 @@ class RunConfig:
     allow_code_change: bool = False
     allow_data_change: bool = False
     wandb_project: str = ""  # also log to Weights & Biases, when not empty
+    # What `experiments.plan` reckons with, by the chip's name in llm/scaling/hardware.py: what you
+    # pay, {"v5p": 4.2}. Prices change, and no table of them is kept here.
+    chip_hour_dollars: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_ranges(
             self,
             section="run.",
-            positive="save_every_seconds hang_timeout_seconds",
+            positive="save_every_seconds hang_timeout_seconds chip_hour_dollars",
             size="log_every_steps keep_newest_checkpoints max_skipped_in_a_row profile_start_step",
-            count="save_every_steps keep_every_steps profile_num_steps replay_every_steps",
+            count="save_every_steps keep_every_steps stop_at_step profile_num_steps "
+            "replay_every_steps",
         )
 
     def check_processes(self, num_processes: int) -> None:

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from llm.parallel.rules import batch_sharding, ways
+from llm.parallel.hosts import place_batch
 from llm.training.config import OptimizerConfig
 from llm.training.schedules import Schedule
 from llm.training.state import TrainState
@@ -172,42 +172,6 @@ def make_apply_gradients(
         return changed, norm, finite
 
     return apply
-
-
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """Return the global batch of which each host gives its slice of sequences.
-
-    Raises:
-      ValueError: the mesh does not divide the batch.
-    """
-    parts, stretches = ways(mesh, "activation_batch"), ways(mesh, "activation_length")
-    for size in {np.shape(x)[0] * jax.process_count() for x in batch.values() if np.ndim(x)}:
-        if size % parts:
-            raise ValueError(
-                f"a batch of {size} does not divide over the {parts} devices of mesh.data × "
-                "mesh.fsdp × mesh.expert; choose another batch or mesh"
-            )
-    for length in {np.shape(x)[1] for x in batch.values() if np.ndim(x) > 1}:
-        if length % stretches:
-            raise ValueError(
-                f"rows of {length} do not divide over mesh.context={stretches} devices; choose "
-                "another length or mesh"
-            )
-    shardings = {name: batch_sharding(mesh, np.ndim(x)) for name, x in batch.items()}
-    if jax.process_count() == 1:
-        return jax.device_put(batch, shardings)  # sooner than one by one
-    return {
-        name: jax.make_array_from_process_local_data(shardings[name], np.asarray(x))
-        for name, x in batch.items()
-    }
-
-
-def local_rows(x: jax.Array) -> np.ndarray:
-    """Return the rows of a global array that lie on this host."""
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 def accumulate(loss_fn: LossFn, params: dict, batch: dict, key: Array, accumulate_steps: int):

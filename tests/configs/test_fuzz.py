@@ -31,7 +31,7 @@ from experiments.entry import _is_users_mistake
 HOUSE = pathlib.Path(__file__).resolve().parents[2]
 RECIPES = [
     "pretrain_tiny", "finetune_tiny", "reward_tiny", "preference_tiny", "rlhf_tiny", "scaling",
-    "emergence", "speedrun",
+    "emergence", "speedrun", "sweep_tiny", "sweep_tpu",
 ]  # fmt: skip
 
 

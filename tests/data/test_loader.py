@@ -184,7 +184,7 @@ def test_seeking_equals_having_run_there(splits, weights, cursor, batch):
 
 def test_mixtures_give_rows_by_weight_and_repeat_the_smaller_source(splits):
     batches = make_batches(splits, {"prose": 0.25, "code": 0.75}, LENGTH, 1, seed=0)
-    num_rows = {name: plan.num_rows for name, plan in batches.rows.plans.items()}
+    num_rows = {name: plan.num_rows for name, plan in batches.rows.of_source.items()}
     total = 4 * num_rows["code"]  # three epochs of code
     found = take(batches, total)
     from_code = [batch["tokens"][0, 0] >= 64 * 400 for batch in found]

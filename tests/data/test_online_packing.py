@@ -13,6 +13,7 @@ from llm.data.pipeline import make_training_batches, mixture_weights
 from llm.data.prepare import prepare
 from llm.data.shard_writer import BadRowsError
 from llm.data.tokenizer_training import byte_tokenizer
+from llm.parallel.hosts import HostShare
 
 LENGTH = 32
 
@@ -101,11 +102,11 @@ def test_every_document_comes_round_equally_often(make):
 
 
 def test_hosts_read_different_documents(make, config):
-    both = [letter_counts(make(host_index=i, host_count=2), 6) for i in range(2)]
+    both = [letter_counts(make(share=HostShare(i, 2)), 6) for i in range(2)]
     assert both[0] and both[1]
     # More hosts than files: every fifth document of each.
     many = [
-        letter_counts(make(_with(config, batch_sequences=10), host_index=i, host_count=5), 3)
+        letter_counts(make(_with(config, batch_sequences=10), share=HostShare(i, 5)), 3)
         for i in range(5)
     ]
     for i in range(5):
@@ -125,12 +126,12 @@ def test_sources_are_mixed_by_weight(make, config):
 
 @pytest.mark.parametrize("taken", [1, 5, 23])
 def test_a_state_goes_on_exactly_where_it_was_taken(make, taken):
-    batches = make(host_index=1, host_count=2)
+    batches = make(share=HostShare(1, 2))
     for _ in range(taken):
         next(batches)
     state = json.loads(json.dumps(batches.get_state()))
     expected = [next(batches) for _ in range(20)]
-    other = make(host_index=1, host_count=2)
+    other = make(share=HostShare(1, 2))
     next(other)
     other.set_state(state)
     for batch in expected:
@@ -154,17 +155,17 @@ def test_seeking_takes_the_state_from_the_journal(make, tmp_path):
 
 
 def test_another_host_count_is_refused(make, config, tmp_path):
-    batches = make(host_count=2, state_dir=tmp_path / "state")
+    batches = make(share=HostShare(0, 2), state_dir=tmp_path / "state")
     next(batches)
     with pytest.raises(OnlineStateError, match="host_count=2 and cannot go on with host_count=4"):
-        make(host_count=4).set_state(batches.get_state())
+        make(share=HostShare(0, 4)).set_state(batches.get_state())
     # Also where only the cursor is known, and for a host that did not exist before.
     for host_index in (0, 3):
-        new = make(host_index=host_index, host_count=4, state_dir=tmp_path / "state")
+        new = make(share=HostShare(host_index, 4), state_dir=tmp_path / "state")
         with pytest.raises(OnlineStateError, match="packing='global'"):
             new.seek(8)
     with pytest.raises(OnlineStateError, match="seed=0 and cannot go on with seed=1"):
-        make(_with(config, seed=1), host_count=2).set_state(batches.get_state())
+        make(_with(config, seed=1), share=HostShare(0, 2)).set_state(batches.get_state())
 
 
 def test_bad_rows_stop_a_stream_too(make, config, tmp_path):

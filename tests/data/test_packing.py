@@ -78,13 +78,9 @@ def test_a_million_documents_fill_their_rows():
     assert plan.fill_rate > 0.998
 
 
-def test_epochs_reorder_the_same_rows():
+def test_the_seed_alone_decides_among_equal_plans():
     plan = packing.make_pack_plan(np.arange(1, 200), 64, seed=3)
-    first, second = plan.row_order(0), plan.row_order(1)
-    assert sorted(first) == sorted(second) == list(range(plan.num_rows))
-    assert (first != second).any()
-    other = packing.make_pack_plan(np.arange(1, 200), 64, seed=4)
-    assert other.digest != plan.digest and (other.row_order(0) != first).any()
+    assert packing.make_pack_plan(np.arange(1, 200), 64, seed=4).digest != plan.digest
     assert packing.make_pack_plan(np.arange(1, 200), 64, seed=3).digest == plan.digest
 
 

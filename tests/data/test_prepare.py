@@ -13,11 +13,14 @@ import textwrap
 import time
 
 import pytest
+from etils import epath
 
-from llm.data import prepare as prepare_module
+from llm.data import groups as groups_module
+from llm.data import workers as workers_module
 from llm.data.config import DataConfig, SourceConfig
+from llm.data.groups import group_parts, make_groups
 from llm.data.loader import make_evaluation_batches
-from llm.data.prepare import OverlapError, group_parts, prepare
+from llm.data.prepare import OverlapError, prepare
 from llm.data.shard_writer import BadRowsError
 from llm.data.sources import Shard
 from llm.data.tokenizer_training import byte_tokenizer
@@ -90,7 +93,7 @@ def many_files(tmp_path, count=6):
 
 
 def test_any_number_of_workers_leaves_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "_SHARD_BYTES", 1)  # a shard a file
+    monkeypatch.setattr(groups_module, "_SHARD_BYTES", 1)  # a shard a file
     config = many_files(tmp_path)
     found = []
     for workers in (0, 1, 3):
@@ -103,24 +106,24 @@ def test_any_number_of_workers_leaves_the_same_bytes(tmp_path, monkeypatch):
 
 _CHILD = """
     import dataclasses, sys, time
-    from llm.data import prepare as module
+    from llm.data import groups, prepare, workers
     from llm.data.config import DataConfig, SourceConfig
     from llm.data.tokenizer_training import byte_tokenizer
 
-    module._SHARD_BYTES = 1
-    write = module.write_tokenized_shard
+    groups._SHARD_BYTES = 1
+    write = workers.write_tokenized_shard
     def slowly(task, tokenizer):
         time.sleep(0.3)
         return write(task, tokenizer)
-    module.write_tokenized_shard = slowly
+    workers.write_tokenized_shard = slowly
     paths, held_out, out = sys.argv[1:]
     source = SourceConfig(paths=(paths,), validation_paths=(held_out,))
-    module.prepare(DataConfig(sources={"many": source}), byte_tokenizer(), out, 0)
+    prepare.prepare(DataConfig(sources={"many": source}), byte_tokenizer(), out, 0)
 """
 
 
 def test_a_killed_preparation_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "_SHARD_BYTES", 1)
+    monkeypatch.setattr(groups_module, "_SHARD_BYTES", 1)
     config = many_files(tmp_path)
     (source,) = config.sources.values()
     arguments = [source.paths[0], source.validation_paths[0], str(tmp_path / "killed")]
@@ -162,7 +165,7 @@ def test_a_damaged_shard_of_an_unfinished_preparation_is_written_again(tmp_path)
 def test_the_second_call_only_opens_what_is_there(tmp_path, monkeypatch):
     config = many_files(tmp_path)
     first = prepare(config, byte_tokenizer(), tmp_path / "out")
-    monkeypatch.setattr(prepare_module, "write_tokenized_shard", None)
+    monkeypatch.setattr(workers_module, "write_tokenized_shard", None)
     again = prepare(config, byte_tokenizer(), tmp_path / "out")
     assert again.train["many"].digest == first.train["many"].digest
     # What does not change a token does not prepare anew.
@@ -217,7 +220,7 @@ def test_near_duplicates_of_held_out_text_stop_the_preparation(tmp_path, monkeyp
     assert "max_overlap_fraction=0.01" in str(error.value)
 
     # A raised limit goes on with what is there; the default still stops.
-    monkeypatch.setattr(prepare_module, "write_tokenized_shard", None)
+    monkeypatch.setattr(workers_module, "write_tokenized_shard", None)
     allowed = dataclasses.replace(config, max_overlap_fraction=0.05)
     report = prepare(allowed, byte_tokenizer(), tmp_path / "out").report["validation"]["a"]
     assert report["near_duplicates"] == 1 and report["checked"] == 20
@@ -288,21 +291,28 @@ def test_prepared_text_fills_rows_and_is_read_in_full(tmp_path):
     prepared = prepare(config, byte_tokenizer(), tmp_path / "out")
     split = prepared.validation["many"]
     batches = make_evaluation_batches(split, 256, 4)
-    assert batches.rows.plans["held-out"].fill_rate > 0.8
+    assert batches.rows.of_source["held-out"].fill_rate > 0.8
     pairs = sum(batch["loss_weights"].sum() for batch in batches)
     # Every byte of the text is predicted once, and the end of each document.
     assert pairs == split.num_bytes.sum() + split.num_documents
 
 
 def test_parts_are_put_together_to_shards_of_a_useful_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "_SHARD_BYTES", 100)
-    monkeypatch.setattr(prepare_module, "_MAX_SHARDS", 4)
+    monkeypatch.setattr(groups_module, "_SHARD_BYTES", 100)
     files = [Shard(write_jsonl(tmp_path / f"{i}.jsonl", ["x" * 20])) for i in range(9)]
     assert os.path.getsize(files[0].name) == 33
     assert [len(group) for group in group_parts(files[:6])] == [3, 3]
     ranges = [Shard("corpus[train]", i, i + 10, i + 1) for i in range(0, 30, 10)]
     assert [len(group) for group in group_parts(ranges)] == [1, 1, 1]
-    many = [Shard("corpus[train]", i, i + 1, i + 1) for i in range(10)]
-    assert [len(group) for group in group_parts(many)] == [3, 3, 3, 1]
-    assert sum((list(group) for group in group_parts(many)), []) == many
     assert group_parts([]) == [()]
+
+
+def test_many_shards_are_dealt_to_groups_in_turn(monkeypatch):
+    parts = [Shard("corpus[train]", i, i + 1, i + 1) for i in range(10)]
+    (one,) = make_groups("train", "a", parts, epath.Path("out"))
+    assert one.directory == epath.Path("out") and [*one.shards] == [(part,) for part in parts]
+    monkeypatch.setattr(groups_module, "_MAX_SHARDS", 4)
+    groups = make_groups("train", "a", parts, epath.Path("out"))
+    starts = [[part.start for (part,) in group.shards] for group in groups]
+    assert starts == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
+    assert [group.directory.name for group in groups] == [f"group-0000{i}" for i in range(3)]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from configs.dataclass_config import ConfigError, field_types, from_config_dict, union_members
 from configs.schema import PretrainConfig
 from experiments.entry import _is_users_mistake
-from llm.models.config import AdapterConfig
+from llm.models.config import LAYER_KINDS, AdapterConfig
 from llm.models.transformer import Transformer, init_params, logical_axes, param_shapes
 from llm.parallel.mesh import make_mesh
 from llm.training.config import TrainableConfig
@@ -39,7 +39,7 @@ SMALL = {
     "total_steps": 4,
 }  # fmt: skip
 SECTIONS = ("model", "compute", "mesh", "data", "optimizer", "schedule", "")
-TUPLES = st.lists(st.sampled_from(["global", "local"]), max_size=2).map(tuple)
+TUPLES = st.lists(st.sampled_from(LAYER_KINDS), max_size=2).map(tuple)
 
 
 def domains() -> Iterator[tuple[tuple[str, ...], st.SearchStrategy]]:

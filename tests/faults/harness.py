@@ -3,6 +3,7 @@
 import os
 import pathlib
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -42,6 +43,24 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def start_together(
+    stage: str,
+    folder: pathlib.Path,
+    workdir: pathlib.Path,
+    *flags: str,
+    patches: Sequence[str | None] = (None, None),
+) -> list[subprocess.Popen]:
+    """Start as many processes of one run as there are patches, each with its own."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    process = f"--process={{}}/{len(patches)}@localhost:{port}"
+    return [
+        start(stage, folder, workdir, *flags, process.format(index), patch=patch)
+        for index, patch in enumerate(patches)
+    ]
 
 
 def finish(child: subprocess.Popen, expect: int = 0) -> str:

@@ -21,7 +21,7 @@ from llm.training.manifests import LEDGER, CorruptStepError, list_steps, read_le
 from llm.training.metrics import METRICS, read_metrics
 from llm.training.peers import LOST_PEER_EXIT_CODE
 from tests.faults import shared_store
-from tests.faults.harness import finish, make_life, start
+from tests.faults.harness import finish, make_life, start, start_together
 
 TOTAL_STEPS = 40
 FLAGS = (
@@ -41,24 +41,7 @@ def folder(tmp_path_factory):
 
 
 def start_both(folder, workdir, *flags, patches=(None, None)):
-    """Start process 0 and process 1, with a patch in each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    together = (f"--coordinator=localhost:{port}", "--num_processes=2")
-    return [
-        start(
-            "pretrain",
-            folder,
-            workdir,
-            *FLAGS,
-            *together,
-            f"--process_index={index}",
-            *flags,
-            patch=patches[index],
-        )
-        for index in range(2)
-    ]
+    return start_together("pretrain", folder, workdir, *FLAGS, *flags, patches=patches)
 
 
 def wait_for_step(workdir, step, processes):

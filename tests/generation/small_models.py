@@ -40,6 +40,15 @@ KINDS = {
         attention_softcap=5.0,
         head_softcap=9.0,
     ),
+    "experts": dict(
+        num_layers=3,
+        prefix_layers=("global",),
+        cycle_layers=("global_moe",),
+        num_experts=5,
+        experts_per_token=2,
+        expert_mlp_width=12,
+        shared_expert_width=8,
+    ),
 }
 
 

@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.models.mixtral.modeling_mixtral import (
+    load_balancing_loss_func as mixtral_balance,
+)
 
 from llm.interop.families import FAMILIES, config_from_huggingface, family_of
 from llm.interop.huggingface import load_huggingface, save_huggingface
 from llm.interop.layout import read_param, tensors
 from llm.models.config import ComputeConfig
+from llm.models.router import gather_sums
 from llm.models.transformer import Transformer
+from llm.objectives.router import load_balance_loss, router_z_loss
 
 SHAPE = dict(
     vocab_size=97,
@@ -47,6 +52,17 @@ def qwen3(num_heads, num_kv_heads, **options):
     return transformers.Qwen3Config(**SHAPE | heads | options)
 
 
+def mixtral(**options):
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, num_local_experts=5)
+    return transformers.MixtralConfig(**SHAPE | heads | options)
+
+
+def qwen3_moe(**options):
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    experts = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12)
+    return transformers.Qwen3MoeConfig(**SHAPE | heads | experts | options)
+
+
 CASES = {
     "gpt2": lambda: gpt2(),
     "gpt2-untied-gelu": lambda: gpt2(activation_function="gelu", tie_word_embeddings=False),
@@ -77,6 +93,14 @@ CASES = {
         hidden_act="relu2",
         pad_token_id=None,  # transformers gives the row of padding no gradient
         rope_parameters=dict(rope_type="default", rope_theta=10_000.0),
+    ),
+    "mixtral": lambda: mixtral(),
+    "mixtral-window-tied": lambda: mixtral(
+        num_local_experts=3, sliding_window=7, tie_word_embeddings=True
+    ),
+    "qwen3-moe": lambda: qwen3_moe(),
+    "qwen3-moe-dense-first": lambda: qwen3_moe(
+        num_hidden_layers=3, mlp_only_layers=[0], norm_topk_prob=True, attention_bias=True
     ),
     "qwen2": lambda: transformers.Qwen2Config(
         **SHAPE, num_attention_heads=4, num_key_value_heads=2
@@ -123,7 +147,11 @@ def test_logits_loss_and_every_gradient_agree(reference):
     assert np.isneginf(logits[..., vocab:]).all() and logits.shape[-1] == 128
     assert float(loss) == pytest.approx(out.loss.item(), rel=1e-5)
 
-    theirs = {name: p.grad.numpy() for name, p in torch_model.named_parameters()}
+    theirs = dict(
+        pair
+        for name, p in torch_model.named_parameters()
+        for pair in as_on_disk(name, p.grad.numpy(), torch_model.config.model_type)
+    )
     rows = FAMILIES[torch_model.config.model_type].rows
     ours = {
         t.name: read_param(t, checkpoint.config, grads) for t in tensors(rows, checkpoint.config)
@@ -133,6 +161,57 @@ def test_logits_loss_and_every_gradient_agree(reference):
         # relative to the largest: a key's bias in GPT-2 has no true gradient, just noise
         error = np.abs(ours[name] - expected).max() / np.abs(expected).max()
         assert error < 1e-4, f"gradient of {name}: relative error {error:.2e}"
+
+
+def as_on_disk(name, array, model_type):
+    """Yield tensors as files have them: transformers 5 holds experts side by side in memory."""
+    names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    if model_type == "mixtral":
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+        names = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+    module, _, last = name.rpartition(".")
+    if not module.endswith(".experts"):
+        yield name, array
+        return
+    for expert, fused in enumerate(array):
+        parts = np.split(fused, len(names[last]))
+        for part_name, part in zip(names[last], parts, strict=True):
+            yield f"{module}.{expert}.{part_name}.weight", part
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "moe" in name or "mixtral" in name])
+@pytest.mark.parametrize("padded", [False, True])
+def test_balance_is_transformers_auxiliary_loss(name, padded, tmp_path):
+    """Theirs pools the layers' sums before the product, ours takes it a layer: of each layer both
+    are the same, and of the sums pooled."""
+    torch.manual_seed(0)
+    config = CASES[name]()
+    torch_model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    torch_model.save_pretrained(tmp_path)
+    checkpoint = load_huggingface(tmp_path)
+    tokens = torch.randint(0, config.vocab_size, (3, 20))
+    mask = torch.ones_like(tokens)
+    mask[:, 13:] = 0 if padded else 1
+    out = torch_model(tokens, attention_mask=mask, output_router_logits=True)
+    _, variables = Transformer(checkpoint.config).apply(
+        {"params": checkpoint.params},
+        jnp.asarray(tokens.numpy()),
+        segment_ids=jnp.asarray(mask.numpy()),
+        mutable=["router"],
+    )
+    sums = gather_sums(variables)
+    pooled = jax.tree.map(lambda x: jnp.sum(x, axis=0, keepdims=True), sums)
+    k = checkpoint.config.experts_per_token
+    count = checkpoint.config.num_experts
+    aux = load_balance_loss(pooled.counts, pooled.scores, pooled.tokens)
+    assert float(aux) == pytest.approx(out.aux_loss.item(), rel=1e-5)
+    theirs = [mixtral_balance((logits,), count, k, mask).item() for logits in out.router_logits]
+    assert len(theirs) == checkpoint.config.moe_layers
+    ours = load_balance_loss(sums.counts, sums.scores, sums.tokens)
+    assert float(ours) == pytest.approx(np.mean(theirs), rel=1e-5)
+    logits = torch.stack(out.router_logits).detach().numpy()[:, mask.numpy().ravel() > 0]
+    expected = np.mean(np.log(np.sum(np.exp(logits), axis=-1)) ** 2)
+    assert float(router_z_loss(sums.squared_log_z, sums.tokens)) == pytest.approx(expected, 1e-4)
 
 
 def test_export_loads_in_transformers_with_the_same_logits(reference, tmp_path):

@@ -222,7 +222,7 @@ NF4 = np.array(
 def test_nf4_is_the_nearest_of_the_published_values_in_each_block():
     kernel = jax.random.normal(jax.random.key(0), (64, 6)) * jnp.geomspace(0.1, 10, 6)
     adapter = AdapterConfig(quantize="nf4", block=16)
-    stored = quantize_kernel(kernel, stored_shapes(adapter, kernel.shape, 1))
+    stored = quantize_kernel(kernel, stored_shapes(adapter, kernel.shape, 0, 1))
     assert stored["kernel_nf4"].shape == (64, 3) and stored["kernel_nf4"].dtype == jnp.uint8
     blocks = np.asarray(kernel, np.float64).reshape(4, 16, 6)
     largest = np.abs(blocks).max(axis=1, keepdims=True)
@@ -233,7 +233,9 @@ def test_nf4_is_the_nearest_of_the_published_values_in_each_block():
 
 def test_int8_errs_by_half_a_step_of_each_output():
     kernel = jax.random.normal(jax.random.key(0), (4, 8, 10)) * jnp.geomspace(0.01, 100, 10)
-    stored = quantize_kernel(kernel, stored_shapes(AdapterConfig(quantize="int8"), (4, 8, 10), 2))
+    stored = quantize_kernel(
+        kernel, stored_shapes(AdapterConfig(quantize="int8"), (4, 8, 10), 0, 2)
+    )
     step = np.abs(kernel).max(axis=(0, 1)) / 127
     error = np.abs(dequantize_kernel(stored) - kernel).max(axis=(0, 1))
     assert (error <= 0.51 * step).all() and (error > 0.1 * step).all()

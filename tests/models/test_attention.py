@@ -116,7 +116,7 @@ def test_kernels_against_naive(kernel, case, monkeypatch):
         query_segments=segments,
         key_segments=segments,
         prefix=prefix if options["kind"] == "prefix" else None,
-        slopes=slopes,
+        alibi_heads=heads if options["alibi"] else None,
     )
     run = functools.partial(attend, pattern=pattern, kernel=kernel, softcap=options["softcap"])
     out = jax.jit(run)(q, k, v)

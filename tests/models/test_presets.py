@@ -21,6 +21,15 @@ EXACT = {
     "llama3-70b": 70_553_706_496,
     "smollm2-135m": 134_515_008,
     "qwen3-0.6b": 596_049_920,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "deepseek-moe-16b": 16_375_728_128,
+}
+# Billions in all and of one token, lookup table counted, as their papers give them.
+EXPERTS = {
+    "mixtral-8x7b": (46.7, 12.9),  # Jiang et al. 2024, section 3: 47B and 13B
+    "qwen3-30b-a3b": (30.5, 3.3),  # Yang et al. 2025, table 2
+    "deepseek-moe-16b": (16.4, 2.8),  # Dai et al. 2024, section 5.1
 }
 # Names that round by more than 2%: the exact count above is the check.
 LOOSE_NAMES = {"gpt2-1.5b", "llama2-7b"}
@@ -31,7 +40,32 @@ def test_exact_counts(name):
     assert num_params(PRESETS[name]) == EXACT[name]
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - LOOSE_NAMES))
+@pytest.mark.parametrize("name", EXPERTS)
+def test_published_totals_and_active_counts_of_experts(name):
+    config, (total, active) = PRESETS[name], EXPERTS[name]
+    assert num_params(config) == pytest.approx(total * 1e9, rel=0.003)
+    counted = num_active_params(config) + config.vocab_size * config.width
+    assert counted == pytest.approx(active * 1e9, rel=0.02)
+
+
+def test_the_trillion_is_kimi_k2_but_for_its_attention():
+    """Moonshot AI 2025, table 2: 1.04T parameters in all, 32.6B of one token; the hub counts 1.026T
+    on the released checkpoint."""
+    config = PRESETS["moe-1t"]
+    d, heads = config.width, config.num_heads
+    # queries through a rank of 1,536, keys and values through 512, 64 rotary dimensions a key
+    latent = d * 1536 + 1536 + 1536 * heads * 192 + d * (512 + 64) + 512
+    latent += 512 * heads * 256 + heads * 128 * d
+    ours = 2 * d * heads * 128 + 2 * d * config.num_kv_heads * 128
+    more = config.num_layers * (ours - latent)
+    assert more == pytest.approx(1.9e9, rel=0.01)
+    biases = 60 * 384  # of the choice of experts; with them it is the released checkpoint's count
+    assert num_params(config) - more + biases == 1_026_408_232_448
+    active = num_active_params(config) + config.vocab_size * d - more
+    assert active == pytest.approx(32.6e9, rel=0.015)
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - LOOSE_NAMES - set(EXPERTS) - {"moe-1t"}))
 def test_count_is_within_two_percent_of_the_name(name):
     number, unit = re.fullmatch(r".*-([\d.]+)([mb])", name).groups()
     assert num_params(PRESETS[name]) == pytest.approx(
@@ -40,7 +74,8 @@ def test_count_is_within_two_percent_of_the_name(name):
 
 
 def test_every_preset_is_counted():
-    assert set(EXACT) | {n for n in PRESETS if n.startswith("gpt3")} == set(PRESETS)
+    gpt3 = {n for n in PRESETS if n.startswith("gpt3")}
+    assert set(EXACT) | gpt3 | {"moe-1t"} == set(PRESETS)
 
 
 def test_padding_is_allocated_but_not_counted():

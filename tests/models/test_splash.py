@@ -57,4 +57,4 @@ def test_what_splash_cannot_do_is_refused():
     with pytest.raises(ValueError, match="128 divides, not 100"):
         attend(q, k, v, AttentionPattern("causal"), kernel="splash")
     with pytest.raises(ValueError, match="no ALiBi"):
-        attend(q, k, v, AttentionPattern("causal", slopes=jnp.ones(2)), kernel="splash")
+        attend(q, k, v, AttentionPattern("causal", alibi_heads=2), kernel="splash")

@@ -214,10 +214,16 @@ def test_a_step_is_a_function_of_its_state_and_compiles_once(caplog):
 
 @pytest.mark.long
 def test_meshes_agree():
+    """In sampling too; learning alone, to the last bits: tests/parallel/test_meshes.py."""
     algorithm = dataclasses.replace(PPO, minibatches=2)
     single = Trainer(algorithm, rate=1.0, epsilon=LINEAR)
     first = single.step()
-    for sizes in (dict(data=4), dict(data=1, fsdp=2, tensor=2)):
+    for sizes in (
+        dict(data=4),
+        dict(data=1, fsdp=2, tensor=2),
+        dict(data=2, context=2),
+        dict(data=2, pipeline=2),
+    ):
         count = int(np.prod(list(sizes.values())))
         mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:count])
         trainer = Trainer(algorithm, mesh=mesh, rate=1.0, epsilon=LINEAR)

@@ -12,6 +12,7 @@ from llm.models.presets import PRESETS, from_depth
 from llm.models.transformer import Transformer, param_shapes
 from llm.scaling.accounting import (
     count_flops,
+    num_active_params,
     num_layer_params,
     num_params,
     num_relative_projection_params,
@@ -195,6 +196,29 @@ def test_activations_are_near_what_xla_holds(name, remat, within):
     assert memory.temporary == pytest.approx(analysis.temp_size_in_bytes, rel=within)
     assert memory.params + BATCH * LENGTH * 5 * 4 == analysis.argument_size_in_bytes
     assert memory.gradients == pytest.approx(analysis.output_size_in_bytes, abs=4096)
+
+
+def test_experts_count_by_those_a_token_goes_to():
+    """A token meets its own experts, the shared one and the router: FLOPs and active parameters."""
+    config = dataclasses.replace(
+        SMALL["grouped queries"],
+        prefix_layers=("global",),
+        cycle_layers=("global_moe",),
+        num_experts=8,
+        experts_per_token=2,
+        expert_mlp_width=96,
+        shared_expert_width=64,
+    )
+    dense = SMALL["grouped queries"]
+    one, router = 3 * 256 * 96, 256 * 8
+    assert num_params(config) - num_params(dense) == 2 * (
+        8 * one + router + 3 * 256 * 64 - 3 * 256 * 768
+    )
+    assert num_params(config) - num_active_params(config) == 2048 * 256 + 2 * 6 * one
+    more = 2 * (2 * one + router + 3 * 256 * 64 - 3 * 256 * 768)
+    flops, denses = count_flops(config, 100), count_flops(dense, 100)
+    assert flops.projections - denses.projections == 2 * more
+    assert (flops.attention, flops.head) == (denses.attention, denses.head)
 
 
 def test_optimizer_by_hand():

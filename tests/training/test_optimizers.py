@@ -61,6 +61,39 @@ def test_update_on_stacked_parameters_equals_the_per_layer_ones(name):
     )
 
 
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_update_on_stacked_experts_equals_that_on_each_matrix(name):
+    """Whatever lies in front of a matrix, layers or experts, is no part of it."""
+    optimizer = OptimizerConfig(name=name, learning_rate=0.01)
+    random = np.random.default_rng(0)
+    stacked, *grads = (random.normal(size=(2, 3, 130, 140)).astype(np.float32) for _ in range(3))
+    matrix = ("embed", "expert_mlp")
+    whole = make_optimizer(optimizer, {"kernel": ("layers", "experts", *matrix)})
+    places = [(layer, expert) for layer in range(2) for expert in range(3)]
+    apart = make_optimizer(optimizer, {str(at): {"kernel": matrix} for at in places})
+    split = lambda x: {str(at): {"kernel": x[at]} for at in places}  # noqa: E731
+    state, states = whole.init({"kernel": stacked}), apart.init(split(stacked))
+    for grad in grads:
+        update, state = jax.jit(whole.update)({"kernel": grad}, state, {"kernel": stacked})
+        updates, states = jax.jit(apart.update)(split(grad), states, split(stacked))
+    for at in places:
+        np.testing.assert_allclose(update["kernel"][at], updates[str(at)]["kernel"], atol=2e-5)
+
+
+def test_muon_leaves_routers_to_adamw():
+    config = dataclasses.replace(
+        MODEL.config,
+        cycle_layers=("global_moe",),
+        num_experts=4,
+        experts_per_token=2,
+        expert_mlp_width=8,
+    )
+    mlp = muon_dimensions(logical_axes(Transformer(config)))["cycle"]["layer_0"]["mlp"]
+    assert mlp["router"]["scores"]["kernel"] is None
+    assert tuple(mlp["experts"]["up"]["kernel"]) == ((2,), (3,))
+    assert tuple(mlp["experts"]["down"]["kernel"]) == ((2,), (3,))
+
+
 def test_muon_takes_the_matrices_inside_layers_and_nothing_else():
     dimensions = muon_dimensions(logical_axes(MODEL))
     layer = dimensions["cycle"]["layer_0"]

@@ -133,6 +133,23 @@ def test_an_error_in_the_loop_flushes_metrics_and_loses_nothing(tmp_path, unbrok
     assert_goes_on_as_unbroken(tmp_path, unbroken)
 
 
+def test_a_run_that_ends_early_for_now_goes_on_as_unbroken(tmp_path, unbroken):
+    for step in (5, 10):
+        _, run = run_toy(tmp_path, 12, stop_at_step=step)
+        assert run.step == step and list_steps(tmp_path)[-1] == step
+        assert set(read_metrics(tmp_path)[-1]) == {"step", "eval/sum"}
+        manifest = manifests.read_manifest(epath.Path(tmp_path / "checkpoints" / str(step)))
+        assert manifest["total_steps"] == 12 and manifest["body_done"]
+    assert_goes_on_as_unbroken(tmp_path, unbroken)
+
+
+def test_what_is_done_at_the_end_is_done_at_an_early_one(tmp_path):
+    run_toy(tmp_path, 12, stop_at_step=7)
+    assert [row["step"] for row in read_metrics(tmp_path) if "eval/sum" in row] == [5, 7]
+    run_toy(tmp_path, 12, stop_at_step=99)
+    assert list_steps(tmp_path)[-1] == 12
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_exact_step(tmp_path, unbroken, number, capfd):
     """In this process: the signal comes during step 5, at which an evaluation is due."""

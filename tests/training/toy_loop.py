@@ -106,7 +106,7 @@ def run_toy(
     with run:
         state, batches = run.restore(toy_state(), ToyBatches())
         evaluate_if_due(state)
-        while run.step < (stop_after or total_steps):
+        while run.step < (stop_after or run.total_steps):
             state, metrics = toy_step(state, next(batches))
             state = run.after_step(state, metrics)
             evaluate_if_due(state)

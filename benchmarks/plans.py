@@ -1,0 +1,205 @@
+"""Every pretraining recipe planned on a slice that suits it, and compiled for it without one.
+
+    python -m benchmarks.plans [--compile] [--only=llama]
+
+Prints the table of benchmarks/RESULTS.md, its predictions held against the compiler's account, then
+weak scaling by prediction. What was compiled is kept in benchmarks/plans.jsonl, since that takes
+minutes a row; --compile makes the rows that are not there.
+"""
+
+import dataclasses
+import json
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from absl import app, flags
+from etils import epath
+
+from configs.command_line import load_config, split_overrides
+from configs.schema import PretrainConfig, SpeedrunConfig
+from experiments import entry
+from experiments.plan_report import describe
+from experiments.plan_step import DoesNotFit, compiled, planned
+from llm.parallel.config import MeshConfig
+from llm.scaling.accounting import num_params
+from llm.scaling.hardware import parse_slice
+
+_RESULTS = flags.DEFINE_string(
+    "results", "benchmarks/plans.jsonl", "Where compiled rows are kept, one a line."
+)
+_COMPILE = flags.DEFINE_boolean("compile", False, "Compile rows that are not in the file.")
+_ONLY = flags.DEFINE_string("only", "", "Only rows whose recipe contains this.")
+
+# recipe, slice, overrides
+ROWS = (
+    ("configs/pretrain_tiny.py", "v5e:1x1", ""),
+    ("configs/speedrun.py", "v5e:1x1", ""),
+    ("configs/speedrun_long.py", "v5e:1x1", ""),
+    ("configs/speedrun_chinese.py", "v5e:1x1", ""),
+    ("configs/depth.py:12", "v5e:4x4", ""),
+    ("configs/gpt2_124m.py", "v5e:4x4", "compute.unroll_layers=false"),
+    ("configs/depth.py:8", "v5p:2x2x1",
+     "mesh.data=1 mesh.fsdp=-1 data.batch_sequences=64 accumulate_steps=1 compute.remat=attention "
+     "optimizer.name=adamw"),
+    ("configs/gpt2_355m.py", "v5e:4x4", "mesh.data=4 mesh.tensor=4 compute.unroll_layers=false"),
+    ("configs/depth.py:16", "v5e:4x4",
+     "mesh.data=4 mesh.fsdp=4 accumulate_steps=2 compute.remat=full optimizer.name=adamw "
+     "compute.unroll_layers=false"),
+    ("configs/depth.py:24", "v5e:8x8",
+     "mesh.data=1 mesh.fsdp=-1 accumulate_steps=2 compute.remat=attention "
+     "compute.unroll_layers=false loss_tile_tokens=65536"),
+    ("configs/llama3_8b.py", "v5p:2x2x4",
+     "accumulate_steps=16 compute.remat=full loss_tile_tokens=32768"),
+    ("configs/llama3_8b.py", "v5p:4x4x4", ""),
+    # the same with tiles too small for 64 chips
+    ("configs/llama3_8b.py", "v5p:4x4x4", "loss_tile_tokens=4096"),
+    ("configs/llama3_8b.py", "v5e:16x16",
+     "accumulate_steps=2 compute.remat=full loss_tile_tokens=4096"),
+    ("configs/llama3_8b.py", "v6e:16x16",
+     "mesh.tensor=4 mesh.fsdp=64 accumulate_steps=4 compute.remat=attention "
+     "loss_tile_tokens=131072"),
+    ("configs/gpt3_175b.py", "v5p:8x8x8", ""),
+)  # fmt: skip
+# Llama-3 8B with eight sequences of 8,192 a chip and step, on more and more chips.
+WEAK = ("v5p:2x2x4", "v5p:4x8x8", "v5p:16x16x16", "v5e:4x4", "v5e:16x16", "16*v5e:16x16")
+
+
+def main(_):
+    file = epath.Path(_RESULTS.value)
+    kept = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = {(row["recipe"], row["slice"], row["overrides"]): row for row in kept}
+    for key in ROWS:
+        if _ONLY.value not in key[0]:
+            continue
+        row = make_row(*key, rows.get(key), compile_it=_COMPILE.value)
+        if key not in rows and "compiled" in row:
+            with file.open("a") as lines:
+                lines.write(json.dumps(entry.plain(row)) + "\n")
+        rows[key] = row
+    print(plans_table([rows[key] for key in ROWS if key in rows]))
+    print()
+    print(compiled_table([rows[key] for key in ROWS if "compiled" in rows.get(key, {})]))
+    print()
+    print(weak_scaling_table())
+
+
+def recipe_config(recipe: str, overrides: str) -> PretrainConfig:
+    """Return the pretraining config of a recipe, a speedrun's own part of it."""
+    flags_of = [f"--config.{each}" for each in overrides.split()]
+    config = load_config(recipe, split_overrides(flags_of)[1], (PretrainConfig, SpeedrunConfig))
+    return config.pretrain if isinstance(config, SpeedrunConfig) else config
+
+
+def make_row(
+    recipe: str, slice_name: str, overrides: str, kept: dict | None, *, compile_it: bool = False
+) -> dict:
+    """Return a row: the plan made now, the compiler's account kept from before, or now."""
+    config, where = recipe_config(recipe, overrides), parse_slice(slice_name)
+    plan, found, refused = planned(config, where), None, None
+    if compile_it and kept is None and where.topology:
+        try:
+            found = compiled(config, where)
+        except DoesNotFit as error:
+            refused = str(error)
+    report = describe(config, where, plan, found, refused)
+    if kept is not None:
+        report["compiled"] = kept["compiled"]
+    facts = {"recipe": recipe, "overrides": overrides, "params": num_params(config.model)}
+    return facts | report
+
+
+def plans_table(rows: list[dict]) -> str:
+    """Return the table in Markdown."""
+    lines = [
+        "| recipe | slice | mesh | micro | remat | parameters | GB a chip: predicted | compiled | "
+        "off | step, s | bound by | MFU at most | predicted | days | dollars |",
+        "|---|---|---|--:|---|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        mesh = " ".join(f"{axis} {size}" for axis, size in row["mesh"].items()) or "1"
+        total, said = row["memory_gb"]["total"], row.get("compiled", {}).get("memory_gb", {})
+        off = f"{total / said['total'] - 1:+.1%}" if said else ""
+        cells = (
+            row["recipe"].removeprefix("configs/").replace(".py", ""),
+            row["slice"],
+            mesh,
+            row["accumulate_steps"],
+            row["remat"],
+            f"{row['params']:,}",
+            f"{total:.2f}" + ("" if row["fits"] else " (too large)"),
+            f"{said['total']:.2f}" if said else "",
+            off,
+            f"{row['seconds']['predicted']:.3f}",
+            row["bound_by"],
+            f"{row['mfu_bound']:.0%}",
+            f"{row['mfu_predicted']:.0%}",
+            f"{row['days']:.2f}",
+            f"{row['dollars']:,.0f}",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def compiled_table(rows: list[dict]) -> str:
+    """Return what the compiled steps do beside what was predicted of them."""
+    lines = [
+        "| recipe | slice | products, compiled to predicted | GB a chip sends a step: predicted | "
+        "compiled | attention kernels a step | compiled in |",
+        "|---|---|--:|---|---|---|--:|",
+    ]
+    for row in rows:
+        said = row["compiled"]
+        sent = (
+            " ".join(f"{axis} {value:.2f}" for axis, value in each.items() if value > 0.005)
+            for each in (row["network_gb"], said["network_gb"])
+        )
+        kernels = {"fwd": 0, "dq": 0, "dkv": 0}
+        for name, count in said["kernels"].items():
+            kernels[next(part for part in ("fwd", "dkv", "dq") if part in name)] += count
+        cells = (
+            row["recipe"].removeprefix("configs/").replace(".py", ""),
+            row["slice"],
+            f"{said['product_flops'] / row['flops_a_step']['products']:.4f}",
+            *sent,
+            ", ".join(f"{count} {part}" for part, count in kernels.items()),
+            f"{said['compile_seconds']:.0f} s",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def weak_scaling_table() -> str:
+    """Return predictions of one model on more and more chips, the batch growing with them."""
+    lines = [
+        "| slice | chips | mesh | sequences a step | step, s | waited for | MFU predicted | "
+        "tokens a day |",
+        "|---|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    for name in WEAK:
+        where = parse_slice(name)
+        base = recipe_config("configs/llama3_8b.py", "compute.remat=full accumulate_steps=8")
+        fsdp = min(where.slice_chips, 256)
+        config = dataclasses.replace(
+            base,
+            data=dataclasses.replace(base.data, batch_sequences=8 * where.num_chips),
+            mesh=MeshConfig(data=where.num_chips // fsdp, fsdp=fsdp),
+            loss_tile_tokens=2048 * where.num_chips,
+        )
+        plan = planned(config, where)
+        cells = (
+            name,
+            f"{where.num_chips:,}",
+            f"data {where.num_chips // fsdp} fsdp {fsdp}",
+            f"{8 * where.num_chips:,}",
+            f"{plan.time.predicted:.3f}",
+            f"{plan.time.predicted - plan.time.bound:.3f}",
+            f"{plan.mfu:.1%}",
+            f"{plan.tokens_per_day:.2e}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app.run(main)

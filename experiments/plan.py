@@ -1,0 +1,115 @@
+"""Plan a run before paying for it: does it fit, how long does it take, what does it cost?
+
+    python -m experiments.plan --config=configs/llama3_8b.py --slice=v5p:4x4x4
+
+Slices are v5e:16x16, v5p:8x8x8, v6e:16x16, 4*v5e:16x16 (four, joined by the data centre's
+network), h100:64. For TPUs the step is also compiled, without one being here, which takes minutes
+(extra [tpu]); --nocompile leaves that out. --search tries meshes, microbatches and remat policies.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # whatever is planned for, this runs here
+
+from absl import flags
+
+from configs.schema import EmergenceConfig, PretrainConfig, ScalingConfig, SpeedrunConfig
+from experiments import entry
+from experiments.plan_report import candidates_text, describe, plan_text, programs_text
+from experiments.plan_search import best_overrides, search
+from experiments.plan_step import DoesNotFit, compile_step, compiled, planned
+from llm.scaling.hardware import Slice, parse_slice
+from llm.training.ahead import topology_devices
+
+_SLICE = flags.DEFINE_string("slice", None, "As v5e:16x16, v5p:8x8x8, h100:64.", required=True)
+_COMPILE = flags.DEFINE_boolean("compile", True, "Compile the step for the slice, if of TPUs.")
+_SEARCH = flags.DEFINE_boolean("search", False, "Look for a better mesh, microbatch and remat.")
+_NUM_COMPILED = flags.DEFINE_integer(
+    "num_compiled", 3, "Of --search, how many of the best are compiled.", lower_bound=1
+)
+_JSON = entry.define_json()
+
+
+def main(config) -> None:
+    where = parse_slice(_SLICE.value)
+    if isinstance(config, SpeedrunConfig):
+        config = config.pretrain
+    if isinstance(config, ScalingConfig | EmergenceConfig):
+        report = plan_programs(config, where)
+    elif _SEARCH.value:
+        report = plan_search(config, where)
+    else:
+        report = plan_run(config, where)
+    if _JSON.value:
+        entry.print_json(report)
+
+
+def plan_run(config: PretrainConfig, where: Slice) -> dict:
+    """Print the plan of a run, and return it."""
+    plan = planned(config, where)
+    found, refused = None, None
+    if _COMPILE.value and where.topology:
+        try:
+            found = compiled(config, where)
+        except DoesNotFit as error:
+            refused = str(error)
+    report = describe(config, where, plan, found, refused)
+    print(plan_text(report), flush=True)
+    return report
+
+
+def plan_search(config: PretrainConfig, where: Slice) -> dict:
+    """Print the best meshes, microbatches and remat policies, and return them."""
+    candidates = search(config, where)
+    reports = []
+    for candidate in candidates[: max(8, _NUM_COMPILED.value)]:
+        compile_it = _COMPILE.value and where.topology and len(reports) < _NUM_COMPILED.value
+        found, refused = None, None
+        if compile_it:
+            try:
+                found = compiled(candidate.config, where)
+            except DoesNotFit as error:
+                refused = str(error)
+        reports.append(describe(candidate.config, where, candidate.plan, found, refused))
+    best = best_overrides(config, candidates, reports)
+    print(candidates_text(reports, len(candidates)))
+    print(f"\nbest:\n    {best}", flush=True)
+    return {"best": best, "tried": len(candidates), "candidates": reports}
+
+
+def plan_programs(config: ScalingConfig | EmergenceConfig, where: Slice) -> dict:
+    """Print what the programs of a ladder's or a study's groups need, and return it."""
+    from experiments.plan_programs import ladder_programs, study_programs
+
+    if not where.topology or not _COMPILE.value:
+        raise ValueError("ladders and studies are planned by compiling them, for slices of TPUs")
+    devices = topology_devices(where.topology, where.num_slices)
+    make = ladder_programs if isinstance(config, ScalingConfig) else study_programs
+    rows, tried = [], {}
+    for program in make(config, devices):
+        if program.key not in tried:
+            try:
+                found = compile_step(*program.lower())
+                tried[program.key] = {
+                    "fits": True,
+                    "state_gb": found.memory.state / 1e9,
+                    "temporary_gb": found.memory.temporaries / 1e9,
+                    "height_gb": found.memory.height / 1e9,
+                    "kernels": found.kernels,
+                    "compile_seconds": found.seconds,
+                }
+            except DoesNotFit as error:
+                tried[program.key] = {"fits": False, "compiler": str(error)}
+        row = {"group": program.name, "params": program.params, "runs": program.runs}
+        row |= tried[program.key]
+        if program.recipe is not None:
+            plan = planned(program.recipe, where)
+            row |= {"predicted_gb": plan.memory.total / 1e9, "mfu_bound": plan.mfu_bound}
+            row["days"] = program.recipe.num_steps * plan.time.predicted / 86400
+        rows.append(row)
+        print(programs_text(row, first=len(rows) == 1), flush=True)
+    return {"slice": where.name, "chips": where.num_chips, "groups": rows}
+
+
+if __name__ == "__main__":
+    entry.run(main, (PretrainConfig, ScalingConfig, EmergenceConfig, SpeedrunConfig))

@@ -1,0 +1,120 @@
+"""One pretraining step planned by formulas, and compiled for devices that are not here."""
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from configs.schema import PretrainConfig
+from llm.models.transformer import Transformer, logical_axes
+from llm.parallel.collectives import Collective, read_collectives
+from llm.parallel.mesh import make_mesh
+from llm.parallel.products import count_product_flops, kernel_calls
+from llm.scaling.hardware import Slice
+from llm.scaling.plan import Plan, make_plan
+from llm.scaling.workload import Workload, mesh_sizes
+from llm.training.ahead import (
+    ChipMemory,
+    abstract_batch,
+    abstract_state,
+    chip_memory,
+    topology_devices,
+)
+from llm.training.loss import make_causal_lm_loss
+from llm.training.optimizers import make_optimizer
+from llm.training.schedules import make_schedule
+from llm.training.state import state_shardings
+from llm.training.step import make_train_step
+
+
+def workload_of(config: PretrainConfig) -> Workload:
+    """Return what a pretraining step is made of, as plans count it."""
+    return Workload(
+        model=config.model,
+        compute=config.compute,
+        optimizer=config.optimizer,
+        batch_sequences=config.data.batch_sequences,
+        length_tokens=config.data.length_tokens,
+        accumulate_steps=config.accumulate_steps,
+        loss_tile_tokens=config.loss_tile_tokens,
+    )
+
+
+def planned(config: PretrainConfig, where: Slice) -> Plan:
+    """Return the analytic plan of a pretraining step."""
+    sizes = mesh_sizes(config.mesh.sizes(where.num_chips))
+    return make_plan(workload_of(config), sizes, where)
+
+
+def compiled(config: PretrainConfig, where: Slice) -> "Compiled":
+    """Return what the compiler says of a pretraining step.
+
+    Raises:
+      DoesNotFit: the devices' memory is too small.
+      ValueError: libtpu is missing, or knows no such slice.
+    """
+    devices = topology_devices(where.topology, where.num_slices)
+    return compile_step(*lower_pretraining(config, devices))
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of a step, of one device."""
+
+    memory: ChipMemory
+    product_flops: float
+    kernels: dict[str, int]  # Pallas kernels, and how often a step calls each
+    collectives: list[Collective]
+    seconds: float  # that compiling took
+
+
+class DoesNotFit(ValueError):
+    """The compiler found no room for a step in a device's memory."""
+
+
+def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:
+    """Compile a step and read what came of it.
+
+    Raises:
+      DoesNotFit: the devices' memory is too small; with the compiler's own figures.
+    """
+    started = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(" ".join(str(error).split())[:300]) from error
+    text = compiled.as_text()
+    return Compiled(
+        chip_memory(compiled),
+        count_product_flops(text),
+        dict(kernel_calls(text)),
+        read_collectives(text, mesh),
+        time.perf_counter() - started,
+    )
+
+
+def lower_pretraining(
+    config: PretrainConfig, devices: Sequence[jax.Device]
+) -> tuple[jax.stages.Lowered, Mesh]:
+    """Return the training step of `experiments.pretrain`, lowered for the devices."""
+    model, mesh = Transformer(config.model, config.compute), make_mesh(config.mesh, devices)
+    ema = config.optimizer.ema_decay is not None
+    optimizer = make_optimizer(
+        config.optimizer, logical_axes(model), width_ratio=config.model.width_ratio
+    )
+    step = make_train_step(
+        make_causal_lm_loss(model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens),
+        optimizer,
+        config.optimizer,
+        make_schedule(
+            config.schedule, total_steps=config.num_steps, tokens_per_step=config.tokens_per_step
+        ),
+        state_shardings(model, optimizer, mesh, ema=ema),
+        mesh,
+        accumulate_steps=config.accumulate_steps,
+    )
+    batch = abstract_batch(mesh, config.data.batch_sequences, config.data.length_tokens)
+    return step.lower(abstract_state(model, optimizer, mesh, ema=ema), batch), mesh

@@ -1,0 +1,123 @@
+"""Jobs as SkyPilot's managed jobs, on TPU VM slices or GPU hosts of a cloud. Third floor.
+
+A task carries the code along, installs it and starts members whose workdirs lie in a bucket; when a
+spot slice is taken away SkyPilot finds another, where the same command goes on.
+"""
+
+import hashlib
+import json
+import pathlib
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from llm.launch.config import SkyPilotConfig
+from llm.launch.jobs import GO_ON, Job, is_done
+from llm.launch.slices import find_slice
+
+_PORT = 8476  # of process 0, on several GPU hosts
+_SETUP = """set -e
+[ -d ~/venv ] || uv venv --python 3.11 --seed ~/venv
+. ~/venv/bin/activate
+pip install --quiet -c constraints.txt -e '.[{extras}]'
+"""
+
+
+class SkyPilotExecutor:
+    """See SkyPilotConfig.
+
+    `source` is the checkout that is copied to the slice, `files` further local files by where they
+    are to lie there.
+    """
+
+    def __init__(
+        self, config: SkyPilotConfig, source: pathlib.Path, files: dict[str, str] | None = None
+    ):
+        self._config, self._source, self._files = config, source, files or {}
+        self._slice = find_slice(config.slice)
+
+    def task_configs(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """Return the tasks of the jobs, as a YAML file of SkyPilot's would hold them."""
+        each = self._config.members_per_task
+        return [self._task(jobs[i : i + each]) for i in range(0, len(jobs), each)]
+
+    def describe(self, jobs: Sequence[Job]) -> str:
+        """Return how many tasks there are, and the first as `sky jobs launch` takes it: YAML, of
+        which JSON is a part."""
+        tasks = self.task_configs(jobs)
+        return f"{len(tasks)} tasks, the first:\n{json.dumps(tasks[0], indent=1)}"
+
+    def run(self, jobs: Sequence[Job]) -> bool:
+        """Launch a managed job for each task that is not on its way.
+
+        Raises:
+          ImportError: SkyPilot is not installed.
+        """
+        try:
+            import sky
+        except ImportError as error:
+            raise ImportError(
+                'executor="skypilot" needs the package skypilot: pip install -e ".[launch]"'
+            ) from error
+        tasks = self.task_configs([job for job in jobs if not is_done(job)])
+        queued = sky.get(sky.jobs.queue(refresh=False, skip_finished=True)) if tasks else []
+        names = {row["job_name"] for row in queued}
+        for config in tasks:
+            task = sky.Task.from_yaml_config(config)
+            if task.name in names:
+                print(f"{task.name}: on its way")
+                continue
+            request = sky.jobs.launch(task, name=task.name)
+            print(f"{task.name}: managed job {sky.get(request)[0]}")
+        return not tasks
+
+    def _task(self, jobs: Sequence[Job]) -> dict[str, Any]:
+        config, found = self._config, self._slice
+        resources: dict[str, Any] = {
+            "accelerators": found.accelerators,
+            "use_spot": config.use_spot,
+            "disk_size": config.disk_gigabytes,
+            "job_recovery": {
+                "max_restarts_on_errors": config.retries,
+                "recover_on_exit_codes": list(GO_ON),
+            },
+        }
+        if config.infra:
+            resources["infra"] = config.infra
+        if found.runtime_version is not None:
+            version = config.runtime_version or found.runtime_version
+            resources["accelerator_args"] = {"tpu_vm": True, "runtime_version": version}
+        device = "tpu" if found.runtime_version else "cuda"
+        store = "s3" if str(jobs[0].folder).startswith("s3://") else "gcs"
+        return {
+            "name": _task_name(jobs),
+            "workdir": str(self._source),
+            "num_nodes": 1 if found.runtime_version else config.nodes,
+            "resources": resources,
+            "envs": dict(config.env),
+            "file_mounts": dict(self._files),
+            "setup": _SETUP.format(extras=",".join((device, store, *config.extras))),
+            "run": self._commands(jobs),
+        }
+
+    def _commands(self, jobs: Sequence[Job]) -> str:
+        """Return what each host runs: the members, one after the other.
+
+        On TPU VMs `jax.distributed` finds the hosts; GPU hosts are told, as SkyPilot numbers them.
+        """
+        told = ""
+        if not self._slice.runtime_version and self._config.nodes > 1:
+            first = '$(echo "$SKYPILOT_NODE_IPS" | head -n1)'
+            told = f' --process="$SKYPILOT_NODE_RANK/$SKYPILOT_NUM_NODES@{first}:{_PORT}"'
+        lines = [f"{shlex.join(job.command)}{told}" for job in jobs]
+        return "\n".join(["set -e", ". ~/venv/bin/activate", *lines]) + "\n"
+
+
+def _task_name(jobs: Sequence[Job]) -> str:
+    """Return a name as SkyPilot takes them, the same for the same jobs."""
+    digest = hashlib.sha256(
+        "\n".join(f"{j.folder} {j.stop_at_step}" for j in jobs).encode()
+    ).hexdigest()
+    words = re.sub(r"[^a-zA-Z0-9]+", "-", jobs[0].name).strip("-")[:30].strip("-")
+    return f"m-{words}-{digest[:8]}".lower()
