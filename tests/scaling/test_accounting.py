@@ -106,6 +106,21 @@ SMALL = {
         mlp_bias=True,
         tied_head=True,
     ),
+    # Buffers just as large as what goes into them.
+    "experts": TransformerConfig(
+        vocab_size=2048,
+        width=256,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=64,
+        cycle_layers=("global_moe",),
+        num_experts=8,
+        experts_per_token=2,
+        expert_mlp_width=256,
+        shared_expert_width=128,
+        expert_capacity_factor=1.0,
+    ),
 }
 BATCH, LENGTH = 4, 256
 PLAIN = ComputeConfig(attention_kernel="xla")
@@ -193,6 +208,7 @@ def test_activations_are_near_what_xla_holds(name, remat, within):
         SMALL[name], compute, OptimizerConfig(), batch_sequences=BATCH, length_tokens=LENGTH
     )
     analysis = compiled_loss(SMALL[name], compute, gradient=True).memory_analysis()
+    within += 0.05 if name == "experts" else 0.0  # tokens moved to buffers and back are scratch
     assert memory.temporary == pytest.approx(analysis.temp_size_in_bytes, rel=within)
     assert memory.params + BATCH * LENGTH * 5 * 4 == analysis.argument_size_in_bytes
     assert memory.gradients == pytest.approx(analysis.output_size_in_bytes, abs=4096)
