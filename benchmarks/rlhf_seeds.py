@@ -19,7 +19,7 @@ from etils import epath
 
 from configs.schema import SpeedrunConfig
 from experiments import entry
-from experiments.run_flags import WORKDIR
+from experiments.workdir_flag import WORKDIR
 from experiments.speedrun_alignment import POLICIES, align
 from experiments.stages import Stages
 

@@ -24,8 +24,9 @@ from experiments.phenomena.few_shot import describe_few_shot, few_shot_groups
 from experiments.phenomena.grokking import describe_grokking, grokking_groups
 from experiments.phenomena.induction import describe_induction, induction_groups
 from experiments.phenomena.parity import describe_parity, parity_groups
-from experiments.run_flags import WORKDIR, start_processes
+from experiments.run_flags import start_processes
 from experiments.stages import open_job
+from experiments.workdir_flag import WORKDIR
 from llm.evaluation.facts import hardware_facts, version_facts
 from llm.evaluation.report import Report, Section, write_report
 from llm.evaluation.tables import (

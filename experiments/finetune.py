@@ -16,7 +16,8 @@ from configs.schema import FinetuneConfig
 from experiments import entry
 from experiments.evaluation import make_evaluation
 from experiments.loading import load_start
-from experiments.run_flags import PROFILE, WORKDIR, start_processes
+from experiments.run_flags import PROFILE, start_processes
+from experiments.workdir_flag import WORKDIR
 from llm.data.pipeline import data_digests, make_training_batches, num_truncated, rows_per_epoch
 from llm.data.prepare import prepare
 from llm.models.adapters import adapt_params

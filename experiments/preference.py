@@ -14,7 +14,8 @@ from configs.schema import DirectPreferenceConfig
 from experiments import entry
 from experiments.feedback import feedback_digests, load_comparisons
 from experiments.loading import Start, load_model, load_start
-from experiments.run_flags import PROFILE, WORKDIR, start_processes
+from experiments.run_flags import PROFILE, start_processes
+from experiments.workdir_flag import WORKDIR
 from llm.data.comparisons import ComparisonBatches, spread
 from llm.models.adapters import adapt_params
 from llm.models.on_mesh import check_on_mesh

@@ -14,7 +14,8 @@ from etils import epath
 from configs.schema import PretrainConfig
 from experiments import entry
 from experiments.evaluation import make_evaluation
-from experiments.run_flags import PROFILE, WORKDIR, start_processes
+from experiments.run_flags import PROFILE, start_processes
+from experiments.workdir_flag import WORKDIR
 from llm.data.pipeline import data_digests, make_training_batches
 from llm.data.prepare import prepare
 from llm.data.tokenizer_training import make_tokenizer

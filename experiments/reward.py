@@ -20,7 +20,8 @@ from experiments import entry
 from experiments.feedback import feedback_digests, load_comparisons
 from experiments.loading import Start, load_start
 from experiments.rewards import SCALE
-from experiments.run_flags import PROFILE, WORKDIR, start_processes
+from experiments.run_flags import PROFILE, start_processes
+from experiments.workdir_flag import WORKDIR
 from llm.data.comparisons import ComparisonBatches, EncodedFeedback, spread
 from llm.evaluation.preferences import PreferenceReport, compare_pairs, report_preferences
 from llm.models.adapters import adapt_params

@@ -20,7 +20,8 @@ from configs.schema import RlhfConfig
 from experiments import entry
 from experiments.loading import Start, load_model, load_start
 from experiments.rewards import load_rewards, load_value_start, weight_of
-from experiments.run_flags import PROFILE, WORKDIR, start_processes
+from experiments.run_flags import PROFILE, start_processes
+from experiments.workdir_flag import WORKDIR
 from llm.data.pipeline import data_digests, make_training_batches
 from llm.data.prepare import prepare
 from llm.data.tokenizers import Tokenizer

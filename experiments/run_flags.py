@@ -1,4 +1,4 @@
-"""The flags of every experiment that trains: --workdir, --profile, --process."""
+"""The flags of every experiment that trains, beside --workdir: --profile, --process."""
 
 import sys
 
@@ -9,7 +9,6 @@ from experiments import entry
 from llm.parallel.mesh import start_distributed
 from llm.training.identity import code_of
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
 PROFILE = entry.define_profile()
 _PROCESS = flags.DEFINE_string(
     "process",

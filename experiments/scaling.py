@@ -23,9 +23,10 @@ from experiments.ladder import (
     train_group,
     write_table,
 )
-from experiments.run_flags import WORKDIR, start_processes
+from experiments.run_flags import start_processes
 from experiments.scaling_report import write_scaling_report
 from experiments.stages import open_job
+from experiments.workdir_flag import WORKDIR
 from llm.data.disk import read_json_object
 from llm.data.prepare import prepare
 from llm.data.tokenizer_training import make_tokenizer

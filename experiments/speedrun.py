@@ -19,10 +19,11 @@ from configs.schema import PretrainConfig, SpeedrunConfig
 from experiments import entry
 from experiments.loading import load_model
 from experiments.pretrain import pretrain
-from experiments.run_flags import PROFILE, WORKDIR, start_processes
+from experiments.run_flags import PROFILE, start_processes
 from experiments.speedrun_alignment import align
 from experiments.speedrun_report import write_speedrun_report
 from experiments.stages import open_job
+from experiments.workdir_flag import WORKDIR
 from llm.data.prepare import Prepared, prepare
 from llm.data.split_rows import SplitRows
 from llm.data.tokenizer_training import bytes_per_token, make_tokenizer

@@ -18,11 +18,11 @@ from etils import epath
 
 from configs.schema import SweepConfig
 from experiments import entry
-from experiments.run_flags import WORKDIR
 from experiments.sweep_cost import listing
 from experiments.sweep_members import SweepMember, record_sweep, resolve
 from experiments.sweep_report import write_sweep_report
 from experiments.sweep_results import check_metric, decide, forget_rungs, read_results
+from experiments.workdir_flag import WORKDIR
 from llm.launch.halving import rungs
 from llm.launch.jobs import Executor, Job
 from llm.launch.local import LocalExecutor

@@ -31,6 +31,7 @@ class HostShare(NamedTuple):
 WHOLE = HostShare(0, 1)
 
 
+@functools.lru_cache(maxsize=64)  # asked for every batch; a walk over all devices
 def host_share(mesh: Mesh, process: int | None = None) -> HostShare:
     """Return what a process, by default this one, loads for the mesh.
 
@@ -98,7 +99,7 @@ def _place(x: np.ndarray, sharding: NamedSharding, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(shape, sharding, piece)
 
 
-@functools.lru_cache(maxsize=1024)  # asked for every batch; a walk over all devices
+@functools.lru_cache(maxsize=1024)  # as is this
 def _parts_of(mesh: Mesh, process: int) -> tuple[int, ...]:
     """Return which of the parts that the mesh cuts a batch into a process's devices hold."""
     axes = [mesh.axis_names.index(axis) for axis in mesh_axes("activation_batch")]
