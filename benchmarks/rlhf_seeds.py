@@ -19,9 +19,9 @@ from etils import epath
 
 from configs.schema import SpeedrunConfig
 from experiments import entry
-from experiments.workdir_flag import WORKDIR
 from experiments.speedrun_alignment import POLICIES, align
 from experiments.stages import Stages
+from experiments.workdir_flag import WORKDIR
 
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "One run for each.")
 _PRETRAINED = flags.DEFINE_string(
