@@ -142,7 +142,7 @@ def _type_of(config: ConfigDict, types: tuple[type, ...], recipe: str) -> type:
 
 def _find_recipe(path: str) -> Path:
     house = Path(__file__).resolve().parent.parent
-    for file in (Path(path), house / path):
+    for file in (Path(path).expanduser(), house / path):  # shells leave `--config=~/x.py` as it is
         if file.is_file():
             return file
     known = [f"configs/{file.name}" for file in sorted((house / "configs").glob("*.py"))]

@@ -377,9 +377,7 @@ class EmergenceConfig:
 class SweepConfig:
     """`experiments.sweep`: runs of one stage that differ in some fields, and which was best."""
 
-    stage: Literal[
-        "pretrain", "finetune", "reward", "preference", "rlhf", "speedrun", "scaling", "emergence"
-    ] = "pretrain"
+    stage: Literal["pretrain", "finetune", "reward", "preference", "rlhf"] = "pretrain"
     recipe: str = ""  # of the stage, as its --config
     # {field of the stage's config: value} each; configs/sweep_space.py makes them
     members: tuple[Any, ...] = ()
@@ -404,5 +402,3 @@ class SweepConfig:
             for each in getattr(self, name):
                 if not isinstance(each, dict) or not all(isinstance(field, str) for field in each):
                     raise ValueError(f"{name} has {shown(each)}: each is a dict of field: value")
-        if self.halving and self.stage in ("speedrun", "scaling", "emergence"):
-            raise ValueError(f"halving: a {self.stage} has no steps of its own to be stopped at")

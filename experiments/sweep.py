@@ -47,9 +47,10 @@ def main(sweep: SweepConfig) -> None:
         print(listing(sweep, members))
         print(executor.describe([job_of(sweep, member, workdir) for member in members]))
         return
-    print(record_sweep(workdir, sweep, members))
-
-    over = _REPORT_ONLY.value or run_members(sweep, members, workdir, executor)
+    over = _REPORT_ONLY.value
+    if not over:
+        print(record_sweep(workdir, sweep, members))
+        over = run_members(sweep, members, workdir, executor)
 
     results = read_results(workdir, sweep, members)
     check_metric(results, sweep.metric)
@@ -92,7 +93,7 @@ def make_executor(sweep: SweepConfig, workdir: epath.Path) -> Executor:
     """
     shared = is_local(workdir)
     if sweep.executor == "skypilot":
-        if shared and not _DRY_RUN.value:
+        if shared and not (_DRY_RUN.value or _REPORT_ONLY.value):
             raise ValueError(
                 f"workdir={workdir}: members of executor=skypilot run on other machines; give a "
                 "bucket, gs://… or s3://…"

@@ -24,7 +24,9 @@ def measured(results: Sequence[Result]) -> list[Result]:
     return [each for each in results if each.value is not None and math.isfinite(each.value)]
 
 
-def curves_figure(results: Sequence[Result], metric: str, rungs: Sequence[int]) -> Figure:
+def curves_figure(
+    results: Sequence[Result], metric: str, goal: str, rungs: Sequence[int]
+) -> Figure:
     """Draw the metric of every member over its steps; `results` are the best first."""
     drawing, axes = draw()
     colours = rank_colours(len(results))
@@ -40,7 +42,7 @@ def curves_figure(results: Sequence[Result], metric: str, rungs: Sequence[int]) 
     axes.set_xlabel("training step")
     axes.set_ylabel(metric)
     axes.set_xlim(left=0)
-    axes.set_ylim(*_limits([x for result in results for x in _settled(result, metric)]))
+    axes.set_ylim(*_limits([x for result in results for x in _settled(result, metric)], goal))
     axes.grid(True, color="#dddddd", linewidth=0.6)
     best = results[0]
     ended = " A cross: stopped there. Dotted: rungs." if rungs else ""
@@ -71,7 +73,7 @@ def field_figure(results: Sequence[Result], field: str, metric: str, goal: str) 
         axes.plot(*zip(*line, strict=True), color=GREY, linewidth=1.2, zorder=1.5)
     axes.set_xlabel(field)
     axes.set_ylabel(metric)
-    axes.set_ylim(*_limits(metrics))
+    axes.set_ylim(*_limits(metrics, goal))
     axes.grid(True, color="#dddddd", linewidth=0.6)
     best = found[metrics.index(pick(metrics))].member.fields[field]
     caption = (
@@ -87,14 +89,16 @@ def field_figure(results: Sequence[Result], field: str, metric: str, goal: str) 
     return as_figure(f"field-{slug}", drawing, description, caption)
 
 
-def parallel_figure(results: Sequence[Result], fields: Sequence[str], metric: str) -> Figure:
+def parallel_figure(
+    results: Sequence[Result], fields: Sequence[str], metric: str, goal: str
+) -> Figure:
     """Draw each member as a line through its fields and its metric; `results` best first."""
     width = max(5.2, 1.5 * (len(fields) + 1))
     drawing = Drawing(figsize=(width, 3.8), layout="constrained")
     axes = drawing.add_subplot()
     columns = [_Column([result.member.fields.get(field) for result in results]) for field in fields]
     columns.append(
-        _Column([result.value for result in results], _limits([r.value for r in results]))
+        _Column([result.value for result in results], _limits([r.value for r in results], goal))
     )
     heights = np.array([column.heights for column in columns]).T
     colours = rank_colours(len(results))
@@ -209,8 +213,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _limits(values: Sequence[float]) -> tuple[float, float]:
+def _limits(values: Sequence[float], goal: str) -> tuple[float, float]:
     """Return limits that show the good half of the values well: those that diverged lie outside."""
+    if goal == "max":
+        low, high = _limits([-value for value in values], "min")
+        return -high, -low
     low, middle, high = min(values), float(np.median(values)), max(values)
     high = min(high, middle + 4 * (middle - low)) if middle > low else high
     margin = 0.06 * (high - low) or 0.5

@@ -1,7 +1,6 @@
 """The members of a sweep: checked configs, stable names, and what a workdir keeps of them."""
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from configs.command_line import Override, as_override, load_config
 from configs.dataclass_config import ConfigError, paths_below
 from configs.schema import SweepConfig
 from llm.data.disk import read_json_object
-from llm.training.files import canonical_json, write_atomically
+from llm.training.files import canonical_json, text_digest, write_atomically
 from llm.training.run_config import check_config, config_difference
 
 STAGES = {
@@ -23,9 +22,6 @@ STAGES = {
     "reward": schema.RewardModelConfig,
     "preference": schema.DirectPreferenceConfig,
     "rlhf": schema.RlhfConfig,
-    "speedrun": schema.SpeedrunConfig,
-    "scaling": schema.ScalingConfig,
-    "emergence": schema.EmergenceConfig,
 }
 _SWEEP, _MEMBER = "sweep.json", "member.json"
 _LONGEST_NAME = 72
@@ -59,6 +55,8 @@ def resolve(sweep: SweepConfig) -> list[SweepMember]:
     for i, fields in enumerate(sweep.members):
         name = name_of(fields, paths)
         if name in members:
+            if members[name].fields != fields:
+                raise ConfigError(f"members[{i}]: its directory {name} is that of another member")
             continue  # random draws from lists repeat themselves
         whole = {k: v for each in (*sweep.shared, fields) for k, v in each.items()}
         overrides = tuple(as_override(path, value) for path, value in whole.items())
@@ -84,7 +82,7 @@ def name_of(fields: Mapping[str, Any], paths: Sequence[str]) -> str:
     name = re.sub(r"[^\w.,=+-]+", "-", whole)
     if name == whole and len(name) <= _LONGEST_NAME:
         return name
-    digest = hashlib.sha256(canonical_json(_as_json(fields)).encode()).hexdigest()[:8]
+    digest = text_digest(canonical_json(_as_json(fields)))[:8]
     return f"{name[: _LONGEST_NAME - 9].rstrip('-')}-{digest}"
 
 

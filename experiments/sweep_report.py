@@ -114,9 +114,9 @@ def _members_section(
 def _figures_section(
     sweep: SweepConfig, found: Sequence[Result], fields: Sequence[str], rungs: Sequence[int]
 ) -> Section:
-    figures = [curves_figure(found, sweep.metric, rungs)]
+    figures = [curves_figure(found, sweep.metric, sweep.goal, rungs)]
     if fields and len(found) > 1:
-        figures.append(parallel_figure(found, fields, sweep.metric))
+        figures.append(parallel_figure(found, fields, sweep.metric, sweep.goal))
     for field in fields:
         if any(field in result.member.fields for result in found):
             figures.append(field_figure(found, field, sweep.metric, sweep.goal))

@@ -11,14 +11,13 @@ from etils import epath
 from configs.schema import SweepConfig
 from experiments.sweep_members import SweepMember
 from llm.data.disk import read_json_object
-from llm.launch.halving import keep_best
-from llm.launch.jobs import Job, describe_exit, is_done, read_starts, tail
+from llm.evaluation.figures import MetricRows
+from llm.launch.halving import badness, keep_best
+from llm.launch.jobs import GO_ON, describe_exit, has_reached, read_starts, tail
 from llm.training.files import write_atomically
 from llm.training.metrics import read_metrics
 
 _RUNGS = "rungs.json"
-
-MetricRows = Sequence[Mapping[str, float | int]]
 
 
 class Result(NamedTuple):
@@ -49,14 +48,8 @@ def read_results(
     """Return how all members stand, the best first, those without the metric last."""
     decided = read_rungs(workdir)
     found = [_result(workdir / member.name, sweep, member, decided) for member in members]
-    sign = 1 if sweep.goal == "min" else -1
-    worst = math.inf
-
-    def place(result: Result) -> tuple[bool, float]:
-        finite = result.value is not None and not math.isnan(result.value)
-        return (not result.state == "done", sign * result.value if finite else worst)
-
-    return sorted(found, key=place)
+    smallest = sweep.goal == "min"
+    return sorted(found, key=lambda r: (r.state != "done", badness(r.value, smallest=smallest)))
 
 
 def _result(
@@ -65,8 +58,8 @@ def _result(
     rows, starts = read_metrics(folder), read_starts(folder)
     step, value = value_at(rows, sweep.metric)
     ended = next((rung for rung in decided if member.name in rung["ended"]), None)
-    failed = starts and starts[-1]["exit_code"] not in (0, 75)
-    if is_done(Job(member.name, (), folder)):
+    failed = starts and starts[-1]["exit_code"] not in (0, *GO_ON)
+    if has_reached(folder):
         state = "done"
     elif failed:
         state = f"failed: {describe_exit(starts[-1]['exit_code'])}"
@@ -133,7 +126,7 @@ def decide(
 
 def _value_at_rung(folder: epath.Path, metric: str, step: int) -> float | None:
     """Return a member's metric at a rung; None where it has not come so far."""
-    reached = is_done(Job(folder.name, (), folder, step))
+    reached = has_reached(folder, step)
     return value_at(read_metrics(folder), metric, step)[1] if reached else None
 
 

@@ -26,17 +26,19 @@ def num_kept(num_members: int, factor: int) -> int:
 def keep_best(values: Mapping[str, float | None], factor: int, *, smallest: bool) -> list[str]:
     """Return the names of those that go on, the best first; equal ones by their order here.
 
-    None, of a member without the metric, and NaN are worse than any number.
+    Without a finite metric none goes on beside one that has it.
     """
+    bad = {name: badness(value, smallest=smallest) for name, value in values.items()}
+    alive = sorted(values, key=bad.__getitem__)[: num_kept(len(values), factor)]
+    return [name for name in alive if bad[name] < math.inf] or alive[:1]
 
-    def badness(name: str) -> float:
-        value = values[name]
-        if value is None or math.isnan(value):
-            return math.inf
-        return value if smallest else -value
 
-    alive = sorted(values, key=badness)[: num_kept(len(values), factor)]
-    return [name for name in alive if badness(name) < math.inf] or alive[:1]
+def badness(value: float | None, *, smallest: bool) -> float:
+    """Return what members are sorted by; of None (a member without the metric), NaN and infinities
+    it is worse than of any number."""
+    if value is None or not math.isfinite(value):
+        return math.inf
+    return value if smallest else -value
 
 
 def members_by_rung(num_members: int, halving: HalvingConfig, total_steps: int) -> list[int]:

@@ -60,20 +60,25 @@ def read_starts(folder: epath.Path) -> list[dict[str, Any]]:
 
 
 def is_done(job: Job) -> bool:
-    """Return whether the job has gone as far as it is to: by its checkpoints, or, where a stage
-    keeps none in its workdir, because a start succeeded."""
-    steps = list_steps(job.folder)
+    """Return whether the job has gone as far as it is to."""
+    return has_reached(job.folder, job.stop_at_step)
+
+
+def has_reached(folder: epath.Path, stop_at_step: int = 0) -> bool:
+    """Return whether the run in a folder has gone up to a step, or, of 0, to its end: by its
+    checkpoints, or, where there are none, because a start succeeded."""
+    steps = list_steps(folder)
     if not steps:
-        reached = (0, job.stop_at_step)
-        starts = read_starts(job.folder)
+        reached = (0, stop_at_step)
+        starts = read_starts(folder)
         return any(row["exit_code"] == 0 and row["stop_at_step"] in reached for row in starts)
     try:
-        manifest = read_manifest(job.folder / CHECKPOINTS / str(steps[-1]))
+        manifest = read_manifest(folder / CHECKPOINTS / str(steps[-1]))
     except CorruptStepError:
         return False
     last = manifest["total_steps"]
-    far = manifest["step"] >= min(job.stop_at_step or last, last)
-    return far and (manifest["step"] > job.stop_at_step > 0 or manifest["body_done"])
+    far = manifest["step"] >= min(stop_at_step or last, last)
+    return far and (manifest["step"] > stop_at_step > 0 or manifest["body_done"])
 
 
 def describe_exit(exit_code: int) -> str:

@@ -39,8 +39,10 @@ class LiveTable:
         """Note a job's new state."""
         self._states[name] = state
         if self._live is None:
-            over = sum(state != "waits" and not state.startswith("runs") for state in
-                       self._states.values())  # fmt: skip
+            over = sum(
+                not state.startswith(("waits", "runs")) and not state.endswith("starts again")
+                for state in self._states.values()
+            )
             self.say(f"[{over}/{len(self._states)}] {name}: {state}{self._figures(name)}")
         self._shown = float("-inf")
 

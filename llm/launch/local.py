@@ -149,7 +149,9 @@ def _pinned(cores: tuple[int, ...]) -> Iterator[None]:
 def _watch_signals() -> Iterator[list[int]]:
     """Yield a list that every signal to stop adds itself to."""
     asked: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: a terminal is gone
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
+        numbers.append(signal.SIGHUP)  # a terminal is gone
     before = [signal.signal(number, lambda found, _: asked.append(found)) for number in numbers]
     try:
         yield asked

@@ -4,7 +4,6 @@ A task carries the code along, installs it and starts members whose workdirs lie
 spot slice is taken away SkyPilot finds another, where the same command goes on.
 """
 
-import hashlib
 import json
 import pathlib
 import re
@@ -15,12 +14,21 @@ from typing import Any
 from llm.launch.config import SkyPilotConfig
 from llm.launch.jobs import GO_ON, Job, is_done
 from llm.launch.slices import find_slice
+from llm.training.files import text_digest
 
 _PORT = 8476  # of process 0, on several GPU hosts
 _SETUP = """set -e
 [ -d ~/venv ] || uv venv --python 3.11 --seed ~/venv
 . ~/venv/bin/activate
 pip install --quiet -c constraints.txt -e '.[{extras}]'
+"""
+
+# A member that fails keeps none of its task from running; one that is to go on does so first.
+_RUN = """{command} || {{
+  code=$?
+  case $code in {go_on}) exit $code ;; esac
+  worst=$code
+}}
 """
 
 
@@ -39,8 +47,7 @@ class SkyPilotExecutor:
 
     def task_configs(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """Return the tasks of the jobs, as a YAML file of SkyPilot's would hold them."""
-        each = self._config.members_per_task
-        return [self._task(jobs[i : i + each]) for i in range(0, len(jobs), each)]
+        return [self._task(group) for group in self._grouped(jobs)]
 
     def describe(self, jobs: Sequence[Job]) -> str:
         """Return how many tasks there are, and the first as `sky jobs launch` takes it: YAML, of
@@ -51,6 +58,9 @@ class SkyPilotExecutor:
     def run(self, jobs: Sequence[Job]) -> bool:
         """Launch a managed job for each task that is not on its way.
 
+        Over are also tasks that have failed, for all their retries: to try one again, launch it by
+        hand, or change a field of its members.
+
         Raises:
           ImportError: SkyPilot is not installed.
         """
@@ -60,17 +70,28 @@ class SkyPilotExecutor:
             raise ImportError(
                 'executor="skypilot" needs the package skypilot: pip install -e ".[launch]"'
             ) from error
-        tasks = self.task_configs([job for job in jobs if not is_done(job)])
-        queued = sky.get(sky.jobs.queue(refresh=False, skip_finished=True)) if tasks else []
-        names = {row["job_name"] for row in queued}
+        # Grouped first: a task keeps its name while some of its jobs are done and others are not.
+        left = [group for group in self._grouped(jobs) if not all(map(is_done, group))]
+        tasks, on_their_way = [self._task(group) for group in left], False
+        queued = sky.get(sky.jobs.queue(refresh=False, skip_finished=False)) if tasks else []
+        states = {row["job_name"]: row["status"] for row in reversed(queued)}  # the newest last
         for config in tasks:
             task = sky.Task.from_yaml_config(config)
-            if task.name in names:
+            state = states.get(task.name)
+            if state is not None and state.is_failed():
+                print(f"{task.name}: {state.value}; see `sky jobs logs`")
+                continue
+            on_their_way = True
+            if state is not None and not state.is_terminal():
                 print(f"{task.name}: on its way")
                 continue
             request = sky.jobs.launch(task, name=task.name)
             print(f"{task.name}: managed job {sky.get(request)[0]}")
-        return not tasks
+        return not on_their_way
+
+    def _grouped(self, jobs: Sequence[Job]) -> list[Sequence[Job]]:
+        each = self._config.members_per_task
+        return [jobs[i : i + each] for i in range(0, len(jobs), each)]
 
     def _task(self, jobs: Sequence[Job]) -> dict[str, Any]:
         config, found = self._config, self._slice
@@ -110,14 +131,15 @@ class SkyPilotExecutor:
         if not self._slice.runtime_version and self._config.nodes > 1:
             first = '$(echo "$SKYPILOT_NODE_IPS" | head -n1)'
             told = f' --process="$SKYPILOT_NODE_RANK/$SKYPILOT_NUM_NODES@{first}:{_PORT}"'
-        lines = [f"{shlex.join(job.command)}{told}" for job in jobs]
-        return "\n".join(["set -e", ". ~/venv/bin/activate", *lines]) + "\n"
+        lines = [
+            _RUN.format(command=f"{shlex.join(job.command)}{told}", go_on="|".join(map(str, GO_ON)))
+            for job in jobs
+        ]
+        return "".join([". ~/venv/bin/activate || exit\nworst=0\n", *lines, 'exit "$worst"\n'])
 
 
 def _task_name(jobs: Sequence[Job]) -> str:
     """Return a name as SkyPilot takes them, the same for the same jobs."""
-    digest = hashlib.sha256(
-        "\n".join(f"{j.folder} {j.stop_at_step}" for j in jobs).encode()
-    ).hexdigest()
+    digest = text_digest("\n".join(f"{j.folder} {j.stop_at_step}" for j in jobs))
     words = re.sub(r"[^a-zA-Z0-9]+", "-", jobs[0].name).strip("-")[:30].strip("-")
     return f"m-{words}-{digest[:8]}".lower()

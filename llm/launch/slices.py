@@ -13,24 +13,20 @@ class Slice(NamedTuple):
 
     accelerators: str  # as SkyPilot's catalog calls it
     runtime_version: str | None  # software of TPU VMs; None: no TPU
-    num_chips: int
-    num_hosts: int  # each runs the task's command
 
 
 class _Version(NamedTuple):
     accelerator: str
     runtime_version: str
-    numbers_per_chip: int
-    most_on_one_host: int  # chips; larger slices have four on each host
     sizes: tuple[int, ...]  # as names count
 
 
 _POWERS = tuple(2**k for k in range(3, 13))
 _VERSIONS = {
-    "v4": _Version("tpu-v4", "tpu-ubuntu2204-base", 2, 4, _POWERS),
-    "v5e": _Version("tpu-v5litepod", "v2-alpha-tpuv5-lite", 1, 8, _POWERS[:6]),
-    "v5p": _Version("tpu-v5p", "v2-alpha-tpuv5", 2, 4, (*_POWERS, 6144, 12288)),
-    "v6e": _Version("tpu-v6e", "v2-alpha-tpuv6e", 1, 8, _POWERS[:6]),
+    "v4": _Version("tpu-v4", "tpu-ubuntu2204-base", _POWERS),
+    "v5e": _Version("tpu-v5litepod", "v2-alpha-tpuv5-lite", _POWERS[:6]),
+    "v5p": _Version("tpu-v5p", "v2-alpha-tpuv5", (*_POWERS, 6144, 12288)),
+    "v6e": _Version("tpu-v6e", "v2-alpha-tpuv6e", _POWERS[:6]),
 }
 _GPUS = ("A100", "A100-80GB", "H100", "H200", "B200", "L4")
 
@@ -44,14 +40,12 @@ def find_slice(name: str) -> Slice:
     if match := re.fullmatch(r"([\w-]+):(\d+)", name):
         if match[1] not in _GPUS or not 1 <= int(match[2]) <= 8:
             raise ValueError(f"slice {name}: GPUs are {', '.join(_GPUS)}, 1 to 8 of them a host")
-        return Slice(name, None, int(match[2]), 1)
+        return Slice(name, None)
     kind, _, number = name.partition("-")
     version = _VERSIONS.get(kind)
     if version is None or not number.isdecimal() or int(number) not in version.sizes:
         known = "; ".join(
             f"{kind}-{each.sizes[0]} to {kind}-{each.sizes[-1]}" for kind, each in _VERSIONS.items()
         )
-        raise ValueError(f"slice {name}: slices are {known} (powers of two), or GPUs as H100:8")
-    chips = int(number) // version.numbers_per_chip
-    hosts = 1 if chips <= version.most_on_one_host else chips // 4
-    return Slice(f"{version.accelerator}-{number}", version.runtime_version, chips, hosts)
+        raise ValueError(f"slice {name}: slices are {known}, by powers of two, or GPUs as H100:8")
+    return Slice(f"{version.accelerator}-{number}", version.runtime_version)

@@ -22,7 +22,6 @@ _SUBMITTED = "submitted.jsonl"  # {"job": id, "members": [[name, stop_at_step], 
 # `--signal` without B: reaches the steps, which are the members, and not this script.
 _SCRIPT = """#!/bin/bash
 {directives}
-set -u
 folder=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {lists}.folders)
 command=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {lists}.commands)
 starts=${{SLURM_RESTART_COUNT:-0}}
@@ -92,14 +91,17 @@ class SlurmExecutor:
 
     def _queued(self) -> list[list[Any]]:
         """Return the members that wait or run in arrays of ours, and up to which step."""
-        found: list[list[Any]] = []
-        for row in read_json_lines(self._folder / _SUBMITTED):
-            # An id that the controller has forgotten is an error of squeue's: nothing is queued.
-            job = ("--noheader", "--array", "--format=%K", f"--jobs={row['job']}")
-            asked = subprocess.run(["squeue", *job], capture_output=True, text=True)
-            indices = asked.stdout.split() if asked.returncode == 0 else []
-            found += [row["members"][int(index)] for index in indices if index.isdecimal()]
-        return found
+        members = {row["job"]: row["members"] for row in read_json_lines(self._folder / _SUBMITTED)}
+        if not members:
+            return []
+        # All of the user's jobs, by array and index: an id that is forgotten would be an error.
+        asked = _ask("squeue", "--me", "--noheader", "--array", "--format=%F %K")
+        places = [line.split() for line in asked.splitlines()]
+        return [
+            members[job][int(index)]
+            for job, index in places
+            if job in members and index.isdecimal()
+        ]
 
     def _script(self, jobs: Sequence[Job], lists: epath.Path) -> str:
         return _SCRIPT.format(

@@ -63,14 +63,12 @@ class Process(NamedTuple):
 ALONE = "alone"  # what says that a process is a run of its own, whatever its environment says
 
 
-def parse_process(text: str) -> Process | None:
-    """Return the process that `0/2@host:1234` names, process 0 of 2; None for `alone`.
+def parse_process(text: str) -> Process:
+    """Return the process that `0/2@host:1234` names, process 0 of 2.
 
     Raises:
-      ValueError: the text is neither, or there is no such process.
+      ValueError: it names none.
     """
-    if text == ALONE:
-        return None
     match = re.fullmatch(r"(\d+)/(\d+)@(.+:\d+)", text)
     if match is None:
         raise ValueError(f"process={text}: must be INDEX/COUNT@HOST:PORT of process 0, or {ALONE}")

@@ -38,7 +38,7 @@ class Run:
             run.check_data(digests)
             state, batches = run.restore(state, batches)
             evaluate_if_due(run, state)   # of a run that was stopped before it could
-            while run.step < total_steps:
+            while run.step < run.total_steps:
                 batch = next(batches)
                 state, metrics = train_step(state, batch)
                 state = run.after_step(state, metrics)

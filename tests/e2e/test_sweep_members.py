@@ -100,7 +100,6 @@ def test_a_wrong_field_is_one_line_that_names_the_member(fields, said):
         ({"recipe": ""}, "recipe is empty"),
         ({"members": ()}, "members is empty"),
         ({"members": ("seed",)}, "members has 'seed': each is a dict"),
-        ({"stage": "scaling", "halving": HalvingConfig(at_steps=(9,))}, "a scaling has no steps"),
     ],
 )
 def test_a_sweep_that_says_nothing_is_refused(given, said):

@@ -7,12 +7,13 @@ import importlib.util
 import inspect
 import pathlib
 import shlex
+import subprocess
 
 import pytest
 from etils import epath
 
 from llm.launch.config import SkyPilotConfig
-from llm.launch.jobs import Job
+from llm.launch.jobs import Job, record_start
 from llm.launch.skypilot import SkyPilotExecutor
 
 HOUSE = pathlib.Path(__file__).resolve().parents[2]
@@ -97,9 +98,10 @@ def test_the_schema_and_the_catalog_refuse_what_is_not(sky):
             sky.Task.from_yaml_config(elsewhere).validate()
 
 
-def test_jobs_are_launched_once(sky, monkeypatch, capsys):
-    """Through stand-ins for the two calls that need a server, bound by the real signatures."""
-    launched = []
+def run_under_stand_ins(sky, monkeypatch):
+    """Stand in for the two calls that need a server, bound by the real signatures; return the tasks
+    that are launched, and the state of each in the queue."""
+    launched, states = [], {}
 
     def launch(*args, **kwargs):
         bound = inspect.signature(real["launch"]).bind(*args, **kwargs).arguments
@@ -108,27 +110,74 @@ def test_jobs_are_launched_once(sky, monkeypatch, capsys):
 
     def queue(*args, **kwargs):
         inspect.signature(real["queue"]).bind(*args, **kwargs)
-        return [{"job_name": task.name} for task in launched]
+        running = sky.jobs.ManagedJobStatus.RUNNING
+        rows = [{"job_name": t.name, "status": states.get(t.name, running)} for t in launched]
+        return rows[::-1]  # the newest first
 
     real = {"launch": sky.jobs.launch, "queue": sky.jobs.queue}
     monkeypatch.setattr(sky.jobs, "launch", launch)
     monkeypatch.setattr(sky.jobs, "queue", queue)
     monkeypatch.setattr(sky, "get", lambda request: request)
+    return launched, states
+
+
+def test_jobs_are_launched_once(sky, monkeypatch, capsys):
+    launched, states = run_under_stand_ins(sky, monkeypatch)
     executor = SkyPilotExecutor(SkyPilotConfig(), HOUSE)
     assert not executor.run(jobs_of(2, "gs-not-there"))
     assert not executor.run(jobs_of(3, "gs-not-there"))
     assert [task.workdir for task in launched] == [str(HOUSE)] * 3
     assert capsys.readouterr().out.count("on its way") == 2
+    # one that failed is over; one that was cancelled is launched again
+    status = sky.jobs.ManagedJobStatus
+    states |= dict(
+        zip(
+            (t.name for t in launched),
+            (status.FAILED, status.CANCELLED, status.RUNNING),
+            strict=True,
+        )
+    )
+    assert not executor.run(jobs_of(3, "gs-not-there"))
+    assert len(launched) == 4 and launched[3].name == launched[1].name
+    states |= dict.fromkeys((task.name for task in launched), status.FAILED)
+    assert executor.run(jobs_of(3, "gs-not-there"))
+
+
+def test_a_task_keeps_its_name_while_some_of_its_members_are_done(sky, monkeypatch, tmp_path):
+    launched, _ = run_under_stand_ins(sky, monkeypatch)
+    executor = SkyPilotExecutor(SkyPilotConfig(members_per_task=3), HOUSE)
+    jobs = jobs_of(3, str(tmp_path))
+    assert not executor.run(jobs)
+    for job in jobs[:1]:
+        job.folder.mkdir()
+        record_start(job, 0, 1.0)
+    assert not executor.run(jobs)
+    assert len(launched) == 1
+
+
+def test_a_member_that_fails_keeps_no_other_from_running():
+    jobs = [
+        Job(name, ("bash", "-c", f"echo {name}; exit {code}"), epath.Path(f"gs://b/{name}"))
+        for name, code in (("a", 2), ("b", 0), ("c", 75), ("d", 0))
+    ]
+    (task,) = SkyPilotExecutor(SkyPilotConfig(members_per_task=4), HOUSE).task_configs(jobs)
+    script = task["run"].replace(". ~/venv/bin/activate", "true")
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.stdout.split(), done.returncode) == (["a", "b", "c"], 75)  # c is to go on first
+    done = subprocess.run(
+        ["bash", "-c", script.replace("exit 75", "exit 0")], capture_output=True, text=True
+    )
+    assert (done.stdout.split(), done.returncode) == (["a", "b", "c", "d"], 2)
 
 
 def test_gpu_hosts_are_told_which_they_are():
     """The run commands in bash, with the variables that SkyPilot sets on the second host."""
-    import subprocess
-
     (task,) = SkyPilotExecutor(SkyPilotConfig(slice="H100:8", nodes=2), HOUSE).task_configs(
         jobs_of(1)
     )
-    script = task["run"].replace(". ~/venv/bin/activate", 'python() { printf "%s\\n" "$@"; }')
+    script = task["run"].replace(
+        ". ~/venv/bin/activate || exit", 'python() { printf "%s\\n" "$@"; }'
+    )
     env = {
         "SKYPILOT_NODE_RANK": "1",
         "SKYPILOT_NUM_NODES": "2",

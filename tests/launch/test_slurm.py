@@ -31,7 +31,7 @@ echo "77;cluster"
 """
 SRUN = '#!/bin/bash\n[ "$1" = --kill-on-bad-exit=1 ] && shift\nexec "$@"\n'
 SCONTROL = '#!/bin/bash\necho "$@" >> scontrol.log\ntouch requeued\n'
-SQUEUE = "#!/bin/bash\ncat queue 2>/dev/null\n"
+SQUEUE = "#!/bin/bash\n[ ! -e queue ] || cat queue\n"
 
 
 @pytest.fixture
@@ -89,9 +89,14 @@ def test_what_is_queued_is_not_submitted_again(cluster, capfd):
     jobs = [job(cluster, "a", "true"), job(cluster, "b", "true")]
     assert not executor.run(jobs)
     assert "submitted 2" in capfd.readouterr().out
-    (cluster / "queue").write_text("1\n")  # b waits; a is gone, unfinished
+    # b waits, beside another array of the user's; a is gone, unfinished
+    (cluster / "queue").write_text("78 1\n12 [0-3]\n")
     assert not executor.run(jobs)
     assert "submitted 1 members" in capfd.readouterr().out
+    # where SLURM cannot be asked nothing is taken for granted
+    (cluster / "bin" / "squeue").write_text("#!/bin/bash\necho timed out >&2\nexit 1\n")
+    with pytest.raises(RuntimeError, match="squeue refused .1.: timed out"):
+        executor.run(jobs)
 
 
 @pytest.mark.parametrize(
