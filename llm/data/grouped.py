@@ -1,6 +1,7 @@
 """A split of too many documents for one index: groups of shards, each a `PreparedSplit`.
 Groups are opened when a row of theirs is read; only sizes and digests are held of the others."""
 
+import contextlib
 import functools
 import hashlib
 import resource
@@ -10,6 +11,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int, Int64, UInt
 
+from llm.data.caching import locked_cache
 from llm.data.disk import write_json
 from llm.data.prepared import (
     FORMAT_VERSION,
@@ -61,7 +63,7 @@ class GroupedSplit(PreparedSplit):
         self.path = epath.Path(path)
         self.manifest = load_manifest(self.path)
         self._ends = np.cumsum([group["documents"] for group in self.manifest["groups"]])
-        self._open = functools.lru_cache(_OPEN_GROUPS)(self._open_group)
+        self._open = locked_cache(_OPEN_GROUPS, self._open_group)
         _allow_open_files()
 
     @property
@@ -140,4 +142,5 @@ class _Groups(Sequence):
 def _allow_open_files() -> None:
     """Let the process open as many files as it may: each shard in use is one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses its own limit; it is but a help
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -10,7 +10,7 @@ from jaxtyping import Int64, UInt8, UInt64
 
 from llm.data.disk import load_arrays
 from llm.data.groups import GroupKey
-from llm.data.prepared import PreparedSplit, finish_split
+from llm.data.prepared import finish_split
 from llm.data.shard_writer import columns_path
 
 _INDEX_COLUMNS = ("shard", "record", "num_tokens", "num_targets", "num_bytes")
@@ -30,10 +30,6 @@ class WrittenGroup:
     key: GroupKey
     directory: epath.Path
     markers: tuple[Mapping[str, object], ...]  # of each shard
-
-    @property
-    def num_documents(self) -> int:
-        return sum(marker["documents"] for marker in self.markers)
 
     def columns(self, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
         """Yield columns of each shard in turn."""
@@ -163,9 +159,8 @@ def finish_group(
     if group.key.training:
         counts["dropped_equal_to_held_out"] = int((verdicts == EQUALS_HELD_OUT).sum())
     shards = [marker["shard"] for marker in group.markers]
-    finish_split(group.directory, index, shards, dtype, {**facts, **counts})
+    digest = finish_split(group.directory, index, shards, dtype, {**facts, **counts})
     near = tuple(_near_duplicates(group, kept)) if group.key.training else ()
-    digest = PreparedSplit(group.directory).digest
     return FinishedGroup(group.key, group.directory, digest, counts, len(kept), near)
 
 

@@ -94,7 +94,6 @@ def num_truncated(splits: Mapping[str, PreparedSplit], row_length: int) -> dict[
     """Return, by source, how many conversations do not fit into a row, where there are any."""
     cut = {}
     for name, split in splits.items():
-        cut[name] = sum(
-            int((group.packed_pairs(row_length) < group.num_pairs).sum()) for group in split.groups
-        )
+        groups = split.groups if split.manifest["masked"] else ()  # texts are never cut
+        cut[name] = sum(int((g.packed_pairs(row_length) < g.num_pairs).sum()) for g in groups)
     return {name: count for name, count in cut.items() if count}

@@ -3,7 +3,6 @@ Every step is a function that `prepare` calls too; what is here is how groups an
 
 import dataclasses
 import functools
-import itertools
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -125,7 +124,7 @@ def build(pipeline: beam.Pipeline, job: PrepareJob) -> None:
     bad_rows = (
         (bad_held_out, bad_training)
         | "Bad rows" >> beam.Flatten()
-        | "Each once" >> beam.CombinePerKey(_BadRows(job.config.max_bad_rows))
+        | "Each once" >> beam.CombinePerKey(_union)
     )
     plans = finished | "Pack plans" >> beam.Map(functools.partial(_make_plan, job.config))
     _ = (
@@ -239,24 +238,9 @@ def _bad_rows(element: tuple[Key, Written]) -> tuple[str, list[BadRow]]:
     return GroupKey(*key).source, [BadRow(*row) for row in marker["bad_rows"]]
 
 
-class _BadRows(beam.CombineFn):
-    """The bad rows of a source, each once though both splits read it, up to the limit."""
-
-    def __init__(self, max_bad_rows: int):
-        self._max_bad_rows = max_bad_rows
-
-    def create_accumulator(self) -> set[BadRow]:
-        return set()
-
-    def add_input(self, rows: set[BadRow], more: Iterable[BadRow]) -> set[BadRow]:
-        # Past the limit by one is enough to fail: the set stays small.
-        return {*rows, *itertools.islice(more, self._max_bad_rows + 1)}
-
-    def merge_accumulators(self, parts: Iterable[set[BadRow]]) -> set[BadRow]:
-        return set().union(*parts)
-
-    def extract_output(self, rows: set[BadRow]) -> set[BadRow]:
-        return rows
+def _union(parts: Iterable[Iterable[BadRow]]) -> set[BadRow]:
+    """Return the bad rows of a source, each once though both splits read it."""
+    return set().union(*parts)
 
 
 def _make_plan(config: DataConfig, group: FinishedGroup) -> tuple[Key, tuple[int, int]]:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
@@ -109,13 +110,16 @@ def finish_split(
     shards: Sequence[Mapping[str, object]],
     dtype: str,
     details: Mapping[str, object],
-) -> None:
+) -> str:
     """Write index.npz and then manifest.json, which marks the split as complete.
 
     Args:
       columns: of all kept documents in order, as `write_shard` returns them.
       shards: size and digest of each shard file, as `file_facts` returns them.
       details: what else the manifest tells: source, tokenizer, bad rows, duplicates.
+
+    Returns:
+      The split's digest.
     """
     index = directory / "index.npz"
     save_arrays(index, dict(columns))
@@ -129,6 +133,7 @@ def finish_split(
         "shards": list(shards),
     }
     write_json(directory / "manifest.json", {**facts, **details})
+    return manifest_digest(facts)
 
 
 def write_split(
@@ -147,6 +152,13 @@ def write_split(
     facts = [file_facts(shard_path(path, 0))]
     finish_split(path, columns, facts, dtype, {"masked": masked})
     return PreparedSplit(path)
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Return the digest of the split, or group of one, that a manifest is of."""
+    parts = [manifest["index"]["sha256"], manifest["dtype"]]
+    parts += [shard["sha256"] for shard in manifest["shards"]]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 class PreparedSplit:
@@ -191,11 +203,16 @@ class PreparedSplit:
         return self.num_pairs
 
     @functools.cached_property
+    def bytes_per_target(self) -> float:
+        """Bytes of text for each token that is to be learnt, of all documents."""
+        sums = [(int(g.num_bytes.sum()), int(g.num_targets.sum())) for g in self.groups]
+        num_bytes, num_targets = map(sum, zip(*sums, strict=True))
+        return num_bytes / max(1, num_targets)
+
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 over the digests of all files: what the tokens and their order are."""
-        parts = [self.manifest["index"]["sha256"], self.manifest["dtype"]]
-        parts += [shard["sha256"] for shard in self.manifest["shards"]]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return manifest_digest(self.manifest)
 
     def tokens(self, document: int) -> Int32[np.ndarray, " tokens"]:
         """Return all stored tokens of one document, BOS and EOS included."""

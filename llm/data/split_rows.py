@@ -2,7 +2,6 @@
 rows. Of a large split only the groups that are being read are held in memory."""
 
 import contextlib
-import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 
@@ -10,6 +9,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int, Int64
 
+from llm.data.caching import locked_cache
 from llm.data.config import DataConfig
 from llm.data.disk import read_json_object, write_json
 from llm.data.grouped import WINDOW_GROUPS
@@ -25,7 +25,7 @@ class SplitRows:
         self.split = split
         self._row_length, self._seed = row_length, seed
         # Two windows' plans, as of the groups themselves.
-        self._plan = functools.lru_cache(2 * WINDOW_GROUPS)(self._load_plan)
+        self._plan = locked_cache(2 * WINDOW_GROUPS, self._load_plan)
         sizes = self._sizes()
         self.group_rows: Int64[np.ndarray, " groups"] = np.array([rows for rows, _ in sizes])
         self.num_pairs = sum(pairs for _, pairs in sizes)
@@ -128,8 +128,8 @@ class RowOrder:
         self._firsts = np.cumsum(self._group_rows) - self._group_rows
         self._seed, self._windowed = seed, windowed
         self._window_groups = window_groups if windowed else max(1, len(self._group_rows))
-        self._order = functools.lru_cache(2)(self._make_order)
-        self._window = functools.lru_cache(2)(self._make_window)
+        self._order = locked_cache(2, self._make_order)
+        self._window = locked_cache(2, self._make_window)
 
     @property
     def num_rows(self) -> int:

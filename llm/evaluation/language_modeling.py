@@ -135,8 +135,7 @@ def score_split(
         sums.append(score_step(params, batch))
     batches.close()
     total = _total(sums)
-    bytes_per_token = float(split.num_bytes.sum()) / max(1, int(split.num_targets.sum()))
-    return dataclasses.replace(total, num_bytes=total.tokens * bytes_per_token)
+    return dataclasses.replace(total, num_bytes=total.tokens * split.bytes_per_target)
 
 
 def score_splits(

@@ -52,12 +52,11 @@ def dropless(
     specs = jax.tree.map(partition_spec, axes, is_leaf=_is_axes)
     of_tokens = ("activation_batch", "activation_length", None)
     tokens = partition_spec(of_tokens)
-    (expert_axis,) = mesh_axes("experts")
 
     def local(x, experts, gates, weights):
         weights = jax.tree.map(_gather, weights, axes)
         x = _vary(x, of_tokens)
-        y = _route(x, experts, gates, weights, feed, num_experts, mesh.shape[expert_axis])
+        y = _route(x, experts, gates, weights, feed, num_experts, ways(mesh, "experts"))
         return jax.lax.psum(y, mesh_axes("expert_mlp"))
 
     # Mapped over stages and groups, JAX 0.10 loses account of what varies along which axis; it then

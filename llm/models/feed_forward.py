@@ -71,3 +71,10 @@ def kernel_init(config: TransformerConfig, spec: str, shape: tuple[int, ...], re
     if residual:
         return nn.initializers.zeros_init()
     return nn.initializers.normal(fan_in(spec, shape) ** -0.5)
+
+
+def readout_init(config: TransformerConfig):
+    """Return the initialiser of a kernel to a number of outputs that does not grow with the width:
+    the head's, and a router's. Under muP it is the base's."""
+    base_width = config.mup_base_width or config.width
+    return nn.initializers.normal(0.02 if config.initializer == "gpt2" else base_width**-0.5)

@@ -1,6 +1,5 @@
 """Which experts a token goes to, and the sums from which their balance is judged. Models floor."""
 
-import dataclasses
 from typing import NamedTuple, no_type_check
 
 import flax.linen as nn
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llm.models.config import TransformerConfig
-from llm.models.feed_forward import Hidden
+from llm.models.feed_forward import Hidden, readout_init
 from llm.models.projection import Projection
 
 COLLECTION = "router"  # of variables: what `apply(…, mutable=[COLLECTION])` brings back
@@ -58,13 +57,11 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self, x: Hidden) -> Routing:
         c = self.config
-        base_width = c.width if c.mup_base_width is None else c.mup_base_width
         project = Projection(
             "BTD,DE->BTE",
             (c.width, c.num_experts),
             ("embed", "router"),
-            # as the head's: to a number of outputs that does not grow with the width
-            nn.initializers.normal(0.02 if c.initializer == "gpt2" else base_width**-0.5),
+            readout_init(c),
             dtype=jnp.promote_types(jnp.float32, self.dtype),
             multiplier=1 / (c.width_ratio or 1.0),
             name="scores",
@@ -104,10 +101,7 @@ def gather_sums(variables: dict) -> RouterSums:
     is_sums = lambda x: isinstance(x, RouterSums)  # noqa: E731
     layers = [x for x in jax.tree.leaves(variables, is_leaf=is_sums) if is_sums(x)]
 
-    def joined(name: str, ndim: int) -> Array:
-        parts = [getattr(layer, name) for layer in layers]
-        return jnp.concatenate([x.reshape(-1, *x.shape[x.ndim - ndim :]) for x in parts])
+    def flat(layer: RouterSums) -> RouterSums:
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[layer.tokens.ndim :]), layer)
 
-    ndims = {"counts": 1, "scores": 1}
-    names = [field.name for field in dataclasses.fields(RouterSums)]
-    return RouterSums(**{name: joined(name, ndims.get(name, 0)) for name in names})
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *map(flat, layers))

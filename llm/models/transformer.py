@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
+from llm.models.feed_forward import readout_init
 from llm.models.layers import Hidden, Layer, LayerCache, LayerInputs
 from llm.models.masks import AttentionPattern
 from llm.models.norms import Norm
@@ -82,7 +83,7 @@ class Transformer(nn.Module):
         if c.num_cycles:  # none once `unstack` has made every layer a prefix layer
             self.cycle = nn.scan(
                 _rematerialise(Cycle, self.compute, scanned=not unrolled),
-                variable_axes={"params": 0, "router": 0},
+                variable_axes={"params": 0, COLLECTION: 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 length=c.num_cycles,
@@ -93,12 +94,11 @@ class Transformer(nn.Module):
             self.final_norm = Norm(c.norm, c.norm_epsilon, dtype)
         self.embedding_dropout = nn.Dropout(c.dropout_rate)
         if not c.tied_head:
-            base_width = c.width if c.mup_base_width is None else c.mup_base_width
             self.head = Projection(
                 "BTD,DV->BTV",
                 (c.width, c.padded_vocab_size),
                 _TABLE[::-1],
-                nn.initializers.normal(0.02 if c.initializer == "gpt2" else base_width**-0.5),
+                readout_init(c),
                 dtype=dtype,
                 float32_output=True,
                 multiplier=1 / (c.width_ratio or 1.0),

@@ -80,7 +80,8 @@ def test_a_million_documents_fill_their_rows():
 
 def test_the_seed_alone_decides_among_equal_plans():
     plan = packing.make_pack_plan(np.arange(1, 200), 64, seed=3)
-    assert packing.make_pack_plan(np.arange(1, 200), 64, seed=4).digest != plan.digest
+    other = packing.make_pack_plan(np.arange(1, 200), 64, seed=4)
+    assert other.num_rows == plan.num_rows and (other.doc != plan.doc).any()
     assert packing.make_pack_plan(np.arange(1, 200), 64, seed=3).digest == plan.digest
 
 
