@@ -91,7 +91,8 @@ PRESETS: dict[str, TransformerConfig] = {
         tied_head=True,
     ),
     # Jiang et al. 2024, arXiv:2401.04088, table 1, and config.json of
-    # huggingface.co/mistralai/Mixtral-8x7B-Instruct-v0.1 at eba92302a2861cdc0098cc54bc9f17cb2c47eb61.
+    # huggingface.co/mistralai/Mixtral-8x7B-Instruct-v0.1 at
+    # eba92302a2861cdc0098cc54bc9f17cb2c47eb61.
     "mixtral-8x7b": _llama(
         4096,
         32,
