@@ -1,7 +1,8 @@
 """Experts that take every token that chooses them. Models floor.
 
 Tokens are sorted by expert and multiplied group by group. On a mesh each device does so with its
-own tokens, sent to the devices that hold their experts and back.
+own tokens, sent to the devices that hold their experts and back. Source: Gale et al. 2022,
+arXiv:2211.15841 (MegaBlocks), with ragged products for its block-sparse ones.
 """
 
 import functools
