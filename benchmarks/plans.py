@@ -19,8 +19,8 @@ from etils import epath
 from configs.command_line import load_config, split_overrides
 from configs.schema import PretrainConfig, SpeedrunConfig
 from experiments import entry
-from experiments.plan_report import describe
-from experiments.plan_step import DoesNotFit, compiled, planned
+from experiments.plan_report import report_on
+from experiments.plan_step import planned
 from llm.parallel.config import MeshConfig
 from llm.scaling.accounting import num_params
 from llm.scaling.hardware import parse_slice
@@ -34,32 +34,31 @@ _ONLY = flags.DEFINE_string("only", "", "Only rows whose recipe contains this.")
 # recipe, slice, overrides
 ROWS = (
     ("configs/pretrain_tiny.py", "v5e:1x1", ""),
+    ("configs/moe_tiny.py", "v5e:1x1", ""),
     ("configs/speedrun.py", "v5e:1x1", ""),
     ("configs/speedrun_long.py", "v5e:1x1", ""),
     ("configs/speedrun_chinese.py", "v5e:1x1", ""),
     ("configs/depth.py:12", "v5e:4x4", ""),
     ("configs/gpt2_124m.py", "v5e:4x4", "compute.unroll_layers=false"),
-    ("configs/depth.py:8", "v5p:2x2x1",
-     "mesh.data=1 mesh.fsdp=-1 data.batch_sequences=64 accumulate_steps=1 compute.remat=attention "
-     "optimizer.name=adamw"),
-    ("configs/gpt2_355m.py", "v5e:4x4", "mesh.data=4 mesh.tensor=4 compute.unroll_layers=false"),
+    ("configs/gpt2_355m.py", "v5e:4x4", "mesh.data=2 mesh.tensor=8 compute.unroll_layers=false"),
     ("configs/depth.py:16", "v5e:4x4",
-     "mesh.data=4 mesh.fsdp=4 accumulate_steps=2 compute.remat=full optimizer.name=adamw "
-     "compute.unroll_layers=false"),
+     "mesh.data=1 mesh.fsdp=-1 accumulate_steps=2 compute.remat=full"),
     ("configs/depth.py:24", "v5e:8x8",
-     "mesh.data=1 mesh.fsdp=-1 accumulate_steps=2 compute.remat=attention "
-     "compute.unroll_layers=false loss_tile_tokens=65536"),
-    ("configs/llama3_8b.py", "v5p:2x2x4",
-     "accumulate_steps=16 compute.remat=full loss_tile_tokens=32768"),
+     "mesh.data=1 mesh.fsdp=-1 accumulate_steps=2 compute.remat=attention optimizer.name=adamw"),
+    ("configs/llama3_8b.py", "v5p:2x2x4", "accumulate_steps=16 compute.remat=full"),
     ("configs/llama3_8b.py", "v5p:4x4x4", ""),
-    # the same with tiles too small for 64 chips
-    ("configs/llama3_8b.py", "v5p:4x4x4", "loss_tile_tokens=4096"),
-    ("configs/llama3_8b.py", "v5e:16x16",
-     "accumulate_steps=2 compute.remat=full loss_tile_tokens=4096"),
+    ("configs/llama3_8b.py", "v5p:4x4x4",
+     "mesh.pipeline=4 accumulate_steps=2 compute.remat=full"),
+    ("configs/llama3_8b.py", "v5p:4x4x4",
+     "mesh.context=8 data.batch_sequences=64 data.length_tokens=65536 accumulate_steps=2 "
+     "model.max_length_tokens=65536 compute.remat=full"),
+    ("configs/llama3_8b.py", "v5e:16x16", "accumulate_steps=2 compute.remat=full"),
     ("configs/llama3_8b.py", "v6e:16x16",
-     "mesh.tensor=4 mesh.fsdp=64 accumulate_steps=4 compute.remat=attention "
-     "loss_tile_tokens=131072"),
+     "mesh.tensor=4 mesh.fsdp=64 accumulate_steps=4 compute.remat=attention"),
     ("configs/gpt3_175b.py", "v5p:8x8x8", ""),
+    ("configs/mixtral_8x7b.py", "v5p:4x4x4", ""),
+    ("configs/qwen3_30b_a3b.py", "v5p:4x4x4", ""),
+    ("configs/moe_1t.py", "v5p:16x16x16", ""),
 )  # fmt: skip
 # Llama-3 8B with eight sequences of 8,192 a chip and step, on more and more chips.
 WEAK = ("v5p:2x2x4", "v5p:4x8x8", "v5p:16x16x16", "v5e:4x4", "v5e:16x16", "16*v5e:16x16")
@@ -67,21 +66,32 @@ WEAK = ("v5p:2x2x4", "v5p:4x8x8", "v5p:16x16x16", "v5e:4x4", "v5e:16x16", "16*v5
 
 def main(_):
     file = epath.Path(_RESULTS.value)
-    kept = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    rows = {(row["recipe"], row["slice"], row["overrides"]): row for row in kept}
+    kept = read_compiled(file)
+    rows = []
     for key in ROWS:
-        if _ONLY.value not in key[0]:
+        if _ONLY.value not in " ".join(key):
             continue
-        row = make_row(*key, rows.get(key), compile_it=_COMPILE.value)
-        if key not in rows and "compiled" in row:
+        row = make_row(*key, kept.get(key), compile_it=_COMPILE.value and key not in kept)
+        if key not in kept and "compiled" in row:
+            line = dict(zip(("recipe", "slice", "overrides"), key, strict=True))
             with file.open("a") as lines:
-                lines.write(json.dumps(entry.plain(row)) + "\n")
-        rows[key] = row
-    print(plans_table([rows[key] for key in ROWS if key in rows]))
+                lines.write(json.dumps(entry.plain(line | {"compiled": row["compiled"]})) + "\n")
+        rows.append(row)
+        print(row["recipe"], row["slice"], row["overrides"], row.get("compiler", ""), flush=True)
+    print(plans_table(rows))
     print()
-    print(compiled_table([rows[key] for key in ROWS if "compiled" in rows.get(key, {})]))
+    print(compiled_table([row for row in rows if "compiled" in row]))
     print()
     print(weak_scaling_table())
+
+
+def read_compiled(file: epath.Path) -> dict[tuple[str, str, str], dict]:
+    """Return what the compiler said of rows, by recipe, slice and overrides."""
+    lines = file.read_text().splitlines() if file.exists() else ()
+    return {
+        (row["recipe"], row["slice"], row["overrides"]): row["compiled"]
+        for row in map(json.loads, lines)
+    }
 
 
 def recipe_config(recipe: str, overrides: str) -> PretrainConfig:
@@ -92,19 +102,13 @@ def recipe_config(recipe: str, overrides: str) -> PretrainConfig:
 
 
 def make_row(
-    recipe: str, slice_name: str, overrides: str, kept: dict | None, *, compile_it: bool = False
+    recipe: str, slice_name: str, overrides: str, kept: dict | None = None, *, compile_it: bool
 ) -> dict:
-    """Return a row: the plan made now, the compiler's account kept from before, or now."""
-    config, where = recipe_config(recipe, overrides), parse_slice(slice_name)
-    plan, found, refused = planned(config, where), None, None
-    if compile_it and kept is None and where.topology:
-        try:
-            found = compiled(config, where)
-        except DoesNotFit as error:
-            refused = str(error)
-    report = describe(config, where, plan, found, refused)
+    """Return a row: the plan made now, the compiler's account kept from before, or made now."""
+    config = recipe_config(recipe, overrides)
+    report = report_on(config, parse_slice(slice_name), compile_it=compile_it)
     if kept is not None:
-        report["compiled"] = kept["compiled"]
+        report |= {"compiled": kept, "fits": True}
     facts = {"recipe": recipe, "overrides": overrides, "params": num_params(config.model)}
     return facts | report
 
@@ -113,8 +117,8 @@ def plans_table(rows: list[dict]) -> str:
     """Return the table in Markdown."""
     lines = [
         "| recipe | slice | mesh | micro | remat | parameters | GB a chip: predicted | compiled | "
-        "off | step, s | bound by | MFU at most | predicted | days | dollars |",
-        "|---|---|---|--:|---|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|",
+        "off | step, s | bound by | MFU at most | predicted | days |",
+        "|---|---|---|--:|---|--:|--:|--:|--:|--:|---|--:|--:|--:|",
     ]
     for row in rows:
         mesh = " ".join(f"{axis} {size}" for axis, size in row["mesh"].items()) or "1"
@@ -135,7 +139,6 @@ def plans_table(rows: list[dict]) -> str:
             f"{row['mfu_bound']:.0%}",
             f"{row['mfu_predicted']:.0%}",
             f"{row['days']:.2f}",
-            f"{row['dollars']:,.0f}",
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -144,7 +147,8 @@ def plans_table(rows: list[dict]) -> str:
 def compiled_table(rows: list[dict]) -> str:
     """Return what the compiled steps do beside what was predicted of them."""
     lines = [
-        "| recipe | slice | products, compiled to predicted | GB a chip sends a step: predicted | "
+        "| recipe | slice | products outside of kernels, compiled to predicted | "
+        "GB a chip sends a step: predicted | "
         "compiled | attention kernels a step | compiled in |",
         "|---|---|--:|---|---|---|--:|",
     ]
@@ -154,13 +158,14 @@ def compiled_table(rows: list[dict]) -> str:
             " ".join(f"{axis} {value:.2f}" for axis, value in each.items() if value > 0.005)
             for each in (row["network_gb"], said["network_gb"])
         )
-        kernels = {"fwd": 0, "dq": 0, "dkv": 0}
+        kernels = {part: 0 for part in ("fwd", "dq", "dkv")}
         for name, count in said["kernels"].items():
-            kernels[next(part for part in ("fwd", "dkv", "dq") if part in name)] += count
+            for part in kernels:
+                kernels[part] += count * (f"mha_{part}" in name)
         cells = (
             row["recipe"].removeprefix("configs/").replace(".py", ""),
             row["slice"],
-            f"{said['product_flops'] / row['flops_a_step']['products']:.4f}",
+            f"{said['product_flops'] / row['flops_a_step']['outside_of_kernels']:.4f}",
             *sent,
             ", ".join(f"{count} {part}" for part, count in kernels.items()),
             f"{said['compile_seconds']:.0f} s",
@@ -184,7 +189,6 @@ def weak_scaling_table() -> str:
             base,
             data=dataclasses.replace(base.data, batch_sequences=8 * where.num_chips),
             mesh=MeshConfig(data=where.num_chips // fsdp, fsdp=fsdp),
-            loss_tile_tokens=2048 * where.num_chips,
         )
         plan = planned(config, where)
         cells = (

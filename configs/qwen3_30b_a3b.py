@@ -23,6 +23,7 @@ def get_config(arg=None):
     config.data.length_tokens = 4096
     config.mesh.data, config.mesh.fsdp, config.mesh.expert = 1, -1, 8
     config.compute.remat = "full"
+    config.accumulate_steps = 12  # on 64 chips: six sequences each at a time
     config.data.tokenizer.kind, config.data.tokenizer.path = "file", "tokenizers/qwen3"
     config.router_balance_weight = 0.001
     config.schedule.warmup_steps = 2000

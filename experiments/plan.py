@@ -15,9 +15,15 @@ from absl import flags
 
 from configs.schema import EmergenceConfig, PretrainConfig, ScalingConfig, SpeedrunConfig
 from experiments import entry
-from experiments.plan_report import candidates_text, describe, plan_text, programs_text
-from experiments.plan_search import best_overrides, search
-from experiments.plan_step import DoesNotFit, compile_step, compiled, planned
+from experiments.plan_report import (
+    candidates_text,
+    overrides_text,
+    plan_text,
+    programs_text,
+    report_on,
+)
+from experiments.plan_search import changes, search
+from experiments.plan_step import DoesNotFit, compile_step, planned
 from llm.scaling.hardware import Slice, parse_slice
 from llm.training.ahead import topology_devices
 
@@ -46,14 +52,7 @@ def main(config) -> None:
 
 def plan_run(config: PretrainConfig, where: Slice) -> dict:
     """Print the plan of a run, and return it."""
-    plan = planned(config, where)
-    found, refused = None, None
-    if _COMPILE.value and where.topology:
-        try:
-            found = compiled(config, where)
-        except DoesNotFit as error:
-            refused = str(error)
-    report = describe(config, where, plan, found, refused)
+    report = report_on(config, where, compile_it=_COMPILE.value)
     print(plan_text(report), flush=True)
     return report
 
@@ -61,18 +60,19 @@ def plan_run(config: PretrainConfig, where: Slice) -> dict:
 def plan_search(config: PretrainConfig, where: Slice) -> dict:
     """Print the best meshes, microbatches and remat policies, and return them."""
     candidates = search(config, where)
-    reports = []
-    for candidate in candidates[: max(8, _NUM_COMPILED.value)]:
-        compile_it = _COMPILE.value and where.topology and len(reports) < _NUM_COMPILED.value
-        found, refused = None, None
-        if compile_it:
-            try:
-                found = compiled(candidate.config, where)
-            except DoesNotFit as error:
-                refused = str(error)
-        reports.append(describe(candidate.config, where, candidate.plan, found, refused))
-    best = best_overrides(config, candidates, reports)
+    to_compile = _NUM_COMPILED.value if _COMPILE.value and where.topology else 0
+    reports, best, num_compiled = [], None, 0
+    for candidate in candidates[: max(8, 2 * to_compile)]:
+        report = report_on(candidate.config, where, compile_it=num_compiled < to_compile)
+        num_compiled += "compiled" in report
+        if best is None and report["fits"]:
+            best = overrides_text(changes(config, candidate.config))
+        reports.append(report)
     print(candidates_text(reports, len(candidates)))
+    if best is None:
+        raise ValueError(
+            f"the compiler finds no room for any of the {len(reports)} best; take more chips"
+        )
     print(f"\nbest:\n    {best}", flush=True)
     return {"best": best, "tried": len(candidates), "candidates": reports}
 

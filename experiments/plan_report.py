@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs.schema import PretrainConfig
+from experiments.plan_step import DoesNotFit, compiled, planned
 from llm.evaluation.tables import format_duration
-from llm.parallel.collectives import bytes_by_axes
+from llm.parallel.collectives import Collective, bytes_by_axes
 from llm.parallel.config import MESH_AXES
 from llm.scaling.hardware import Slice, Wiring, wire_axes
 from llm.scaling.plan import Plan
@@ -16,41 +17,56 @@ from llm.scaling.workload import mesh_sizes
 GB = 1e9
 
 
-def describe(
-    config: PretrainConfig, where: Slice, plan: Plan, compiled: Any, refused: str | None
+def report_on(config: PretrainConfig, where: Slice, *, compile_it: bool) -> dict:
+    """Return the plan of a run as numbers; where the slice is of TPUs and asked for, with what the
+    compiler says."""
+    found, refused = None, None
+    if compile_it and where.topology:
+        try:
+            found = compiled(config, where)
+        except DoesNotFit as error:
+            refused = str(error)
+    return _describe(config, where, planned(config, where), found, refused)
+
+
+def _describe(
+    config: PretrainConfig, where: Slice, plan: Plan, found: Any, refused: str | None
 ) -> dict:
-    """Return a plan as numbers. `compiled` is what the compiler says, `refused` why it does not."""
-    sizes = mesh_sizes(config.mesh.sizes(where.num_chips))
+    sizes = mesh_sizes(config.mesh, where.num_chips)
     report = {
         "slice": where.name,
         "chips": where.num_chips,
         "mesh": {axis: size for axis, size in sizes.items() if size > 1},
         "accumulate_steps": config.accumulate_steps,
         "remat": config.compute.remat,
-        "fits": compiled is not None or (plan.fits and refused is None),  # the compiler knows
+        "fits": found is not None or (plan.fits and refused is None),  # the compiler knows
         "memory_gb": {"limit": plan.memory_bytes / GB, "total": plan.memory.total / GB}
         | {name: value / GB for name, value in dataclasses.asdict(plan.memory).items()},
-        "flops_a_step": dataclasses.asdict(plan.work) | {"executed": plan.work.executed},
+        "flops_a_step": dataclasses.asdict(plan.work)
+        | {
+            "executed": plan.work.executed,
+            "outside_of_kernels": plan.work.outside_of_kernels,
+        },
         "network_gb": {axis: value / GB for axis, value in plan.sent_bytes.items()},
         "seconds": dataclasses.asdict(plan.time)
         | {"bound": plan.time.bound, "predicted": plan.time.predicted},
         "bound_by": plan.time.bound_by,
         "mfu_bound": plan.mfu_bound,
         "mfu_predicted": plan.mfu,
-        **_cost(config, where, plan.time.predicted),
+        **_cost(config, where, plan),
     }
     if refused is not None:
         report["compiler"] = refused
-    if compiled is not None:
-        report["compiled"] = _describe_compiled(config, where, plan, compiled)
+    if found is not None:
+        report["compiled"] = _describe_compiled(config, where, plan, found)
     return report
 
 
-def _cost(config: PretrainConfig, where: Slice, step_seconds: float) -> dict:
-    days = config.num_steps * step_seconds / 86400
+def _cost(config: PretrainConfig, where: Slice, plan: Plan) -> dict:
+    days = config.num_steps * plan.time.predicted / 86400
     price = config.run.chip_hour_dollars.get(where.chip_name)
     return {
-        "tokens_a_day": config.tokens_per_step / step_seconds * 86400,
+        "tokens_a_day": plan.tokens_per_day,
         "days": days,
         "dollars": None if price is None else days * 24 * where.num_chips * price,
     }
@@ -61,7 +77,7 @@ def _describe_compiled(config: PretrainConfig, where: Slice, plan: Plan, found: 
     memory = plan.memory
     known = memory.params + memory.optimizer + memory.gradients
     products = found.product_flops * where.num_chips
-    wiring = wire_axes(where, mesh_sizes(config.mesh.sizes(where.num_chips)))
+    wiring = wire_axes(where, config.mesh)
     sent = bytes_by_axes(found.collectives)
     network = {"+".join(axes): num_bytes / _rate(axes, wiring) for axes, num_bytes in sent.items()}
     compute = (products + plan.work.attention) / plan.peak_flops
@@ -77,11 +93,28 @@ def _describe_compiled(config: PretrainConfig, where: Slice, plan: Plan, found: 
         "product_flops": products,
         "network_gb": {"+".join(axes): value / GB for axes, value in sent.items()},
         "network_seconds": network,
+        "collectives": _largest(found.collectives),
         "kernels": found.kernels,
         "mfu_bound": plan.work.model / bound / plan.peak_flops,
         "seconds_bound": bound,
         "compile_seconds": found.seconds,
     }
+
+
+def _largest(collectives: Sequence[Collective], count: int = 12) -> list[dict]:
+    """Return the collectives that send most, and what of the traced program they come from."""
+    most = sorted(collectives, key=lambda c: -c.total_bytes)[:count]
+    return [
+        {
+            "kind": c.kind,
+            "axes": "+".join(c.axes),
+            "shape": c.shape,
+            "times": c.count,
+            "gb": c.total_bytes / GB,
+            "source": c.source[-80:],
+        }
+        for c in most
+    ]
 
 
 def _rate(axes: Sequence[str], wiring: Mapping[str, Wiring]) -> float:
@@ -131,7 +164,7 @@ def plan_text(report: Mapping[str, Any]) -> str:
     lines += [
         f"seconds a step         {seconds['predicted']:.3f} predicted, at least "
         f"{seconds['bound']:.3f}: bound by {report['bound_by']}",
-        f"  compute {seconds['compute']:.3f}, bubble {seconds['bubble']:.3f}, memory "
+        f"  compute {seconds['compute']:.3f}, of which idle {seconds['idle']:.3f}, memory "
         f"{seconds['memory']:.3f}, update {seconds['update']:.3f}",
         f"MFU                    {report['mfu_predicted']:.1%} predicted, at most "
         f"{report['mfu_bound']:.1%}"

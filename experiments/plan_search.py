@@ -2,11 +2,11 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from configs.schema import PretrainConfig
-from experiments.plan_report import mesh_changes, overrides_text
+from experiments.plan_report import mesh_changes
 from experiments.plan_step import workload_of
 from llm.models.config import ComputeConfig
 from llm.parallel.config import MeshConfig
@@ -34,10 +34,10 @@ def search(config: PretrainConfig, where: Slice) -> list[Candidate]:
       ValueError: none fits.
     """
     found, least = [], None
-    for sizes in _meshes(config, where):
-        for changed in _variants(config, sizes):
+    for mesh in _meshes(config, where):
+        for changed in _variants(config, mesh, where):
             try:
-                plan = make_plan(workload_of(changed), sizes, where)
+                plan = make_plan(workload_of(changed), mesh, where)
             except ValueError:  # the mesh divides the model or its batch in no such way
                 continue
             if plan.fits:
@@ -56,19 +56,6 @@ def search(config: PretrainConfig, where: Slice) -> list[Candidate]:
     return sorted(found, key=lambda c: (round(c.plan.time.predicted, 4), c.plan.memory.total))
 
 
-def best_overrides(
-    config: PretrainConfig, candidates: Sequence[Candidate], reports: Sequence[dict]
-) -> str:
-    """Return the best candidate's difference as flags to paste: of those compiled, by the
-    compiler's own account."""
-    compiled = [i for i, report in enumerate(reports) if "compiled" in report]
-    if compiled:
-        best = min(compiled, key=lambda i: reports[i]["compiled"]["seconds_bound"])
-    else:
-        best = next((i for i, report in enumerate(reports) if report["fits"]), 0)
-    return overrides_text(changes(config, candidates[best].config))
-
-
 def changes(old: PretrainConfig, new: PretrainConfig) -> dict[str, Any]:
     """Return the fields that a candidate changes; the mesh whole."""
     found = mesh_changes(dataclasses.asdict(new.mesh))
@@ -79,28 +66,26 @@ def changes(old: PretrainConfig, new: PretrainConfig) -> dict[str, Any]:
     return found
 
 
-def _meshes(config: PretrainConfig, where: Slice) -> Iterator[dict[str, int]]:
-    """Yield the sizes of meshes over all chips of a slice. Data parallelism goes between slices;
-    within one fsdp does what it does in less memory."""
-    experts = getattr(config.model, "num_experts", 0)
-    pipelined = hasattr(config.compute, "pipeline_repeats")
+def _meshes(config: PretrainConfig, where: Slice) -> Iterator[MeshConfig]:
+    """Yield meshes over all chips of a slice. Data parallelism goes between slices; within one fsdp
+    does what it does in less memory."""
     chips, slices = where.slice_chips, where.num_slices
     for tensor, context, expert, pipeline in itertools.product(
         _divisors(chips, _MOST_TENSOR),
         _divisors(chips, _MOST_CONTEXT if config.data.length_tokens >= 8192 else 1),
-        _divisors(chips, experts or 1),
-        _divisors(chips, config.model.num_cycles if pipelined else 1),
+        _divisors(chips, config.model.num_experts or 1),
+        _divisors(chips, config.model.num_cycles),
     ):
         rest, left = divmod(chips, tensor * context * expert * pipeline)
         if not left:
-            yield mesh_sizes((slices, rest, expert, pipeline, context, tensor))
+            inner = dict(expert=expert, pipeline=pipeline, context=context, tensor=tensor)
+            yield dataclasses.replace(config.mesh, data=slices, fsdp=rest, **inner)
             if rest > 1 and slices == 1:
-                yield mesh_sizes((rest, 1, expert, pipeline, context, tensor))
+                yield dataclasses.replace(config.mesh, data=rest, fsdp=1, **inner)
 
 
-def _variants(config: PretrainConfig, sizes: dict[str, int]) -> Iterator[PretrainConfig]:
-    mesh = MeshConfig(**sizes)
-    parts = batch_parts(sizes)
+def _variants(config: PretrainConfig, mesh: MeshConfig, where: Slice) -> Iterator[PretrainConfig]:
+    parts = batch_parts(mesh_sizes(mesh, where.num_chips))
     rows, left = divmod(config.data.batch_sequences, parts)
     if left:
         return

@@ -14,7 +14,7 @@ from llm.parallel.mesh import make_mesh
 from llm.parallel.products import count_product_flops, kernel_calls
 from llm.scaling.hardware import Slice
 from llm.scaling.plan import Plan, make_plan
-from llm.scaling.workload import Workload, mesh_sizes
+from llm.scaling.workload import Workload
 from llm.training.ahead import (
     ChipMemory,
     abstract_batch,
@@ -39,8 +39,7 @@ def workload_of(config: PretrainConfig) -> Workload:
 
 def planned(config: PretrainConfig, where: Slice) -> Plan:
     """Return the analytic plan of a pretraining step."""
-    sizes = mesh_sizes(config.mesh.sizes(where.num_chips))
-    return make_plan(workload_of(config), sizes, where)
+    return make_plan(workload_of(config), config.mesh, where)
 
 
 def compiled(config: PretrainConfig, where: Slice) -> "Compiled":

@@ -17,7 +17,7 @@ from llm.generation.config import SamplingConfig
 from llm.generation.decode import make_decoder
 from llm.generation.generator import stop_ids
 from llm.generation.prompts import bucket_length, pad_prompts, sequence_keys
-from llm.models.transformer import Transformer, head_params
+from llm.models.transformer import Transformer, head_params, unembed
 from llm.models.unstack import unstack, unstacked
 from llm.objectives.tiles import map_tiles
 
@@ -159,7 +159,7 @@ def _score(model: Transformer, tile_tokens: int, params, tokens, targets, counts
     head = head_params(model.config, params)
 
     def tile(hidden, targets):
-        logits = model.apply({"params": head}, hidden, method="unembed").astype(jnp.float32)
+        logits = unembed(model, head, hidden)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         log_probs = chosen - jax.nn.logsumexp(logits, axis=-1)
         return log_probs, jnp.argmax(logits, axis=-1) == targets

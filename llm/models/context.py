@@ -35,10 +35,15 @@ def whole_rows(
     if stretches == 1 or length != key.shape[2] or length % stretches:
         return query, key, value  # one token that is decoded is not split
     check_heads(num_heads, devices, stretches)
-    repeats = devices // math.gcd(devices, num_kv)
+    repeats = num_repeats(num_kv, devices)
     # First as they are: else the compiler gathers what they are made of, and makes them whole.
     query = constrain(query, "activation_batch", "activation_length", "activation_heads", None)
     split = "activation_batch", "activation_kv_heads", "activation_length", None
     key, value = constrain(key, *split), constrain(value, *split)
     key, value = (jnp.repeat(x, repeats, axis=1) for x in (key, value))
     return constrain(query, *_QUERY_AXES), constrain(key, *_KEY_AXES), constrain(value, *_KEY_AXES)
+
+
+def num_repeats(num_kv_heads: int, devices: int) -> int:
+    """Return how often key-value heads are repeated for so many devices to share them."""
+    return devices // math.gcd(devices, num_kv_heads)

@@ -38,3 +38,19 @@ def check_stages(num_cycles: int, stages: int, compute: ComputeConfig) -> None:
             f"compute.pipeline_microbatches={microbatches} must be a multiple of mesh.pipeline="
             f"{stages}: fewer would leave stages waiting, and each stage keeps as many"
         )
+
+
+def num_microbatches(batch: int, devices: int, stages: int, asked: int | None) -> int:
+    """Return into how many microbatches a pipeline cuts a batch: as asked, or two a stage, or one.
+
+    `devices` are those among which the rows of each are shared. Raises a ValueError where the batch
+    does not divide.
+    """
+    for number in (2 * stages, stages) if asked is None else (asked,):
+        if batch % (number * devices) == 0:
+            return number
+    raise ValueError(
+        f"a batch of {batch} sequences does not divide into {number} microbatches "
+        f"(compute.pipeline_microbatches={asked}) over {devices} devices each; choose another "
+        "batch, number or mesh"
+    )

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llm.models.config import ComputeConfig
-from llm.models.on_mesh import check_stages
+from llm.models.on_mesh import check_stages, num_microbatches
 from llm.parallel.rules import (
     MeshAxes,
     constrain,
@@ -66,7 +66,8 @@ def run_pipeline(
     mesh = jax.sharding.get_abstract_mesh()
     stages, groups = num_stages(), math.prod(mesh.shape[axis] for axis in _GROUPS)
     check_stages(jax.tree.leaves(params)[0].shape[0], stages, compute)
-    microbatches = _microbatches(x.shape[0], stages, compute.pipeline_microbatches)
+    devices = ways_in_force("activation_batch") // stages
+    microbatches = num_microbatches(x.shape[0], devices, stages, compute.pipeline_microbatches)
     rows = _Rows(groups, stages, mesh.shape["expert"], microbatches)
     by_stage = functools.partial(
         _by_stage, stages=stages, groups=groups, repeats=compute.pipeline_repeats
@@ -186,16 +187,3 @@ def _by_cycle(report: jax.Array, counted: jax.Array) -> jax.Array:
     """[turn S W C/(S·R) …] → [C …]: sums over groups, and turns in which a stage had work."""
     summed = jnp.einsum("tsr,tswc...->rsc...", counted.astype(report.dtype), report)
     return summed.reshape(-1, *summed.shape[3:])
-
-
-def _microbatches(batch: int, stages: int, asked: int | None) -> int:
-    """Return into how many microbatches to cut a batch: as asked, or two a stage, or one."""
-    devices = ways_in_force("activation_batch") // stages
-    for number in (2 * stages, stages) if asked is None else (asked,):
-        if batch % (number * devices) == 0:
-            return number
-    raise ValueError(
-        f"a batch of {batch} sequences does not divide into {number} microbatches "
-        f"(compute.pipeline_microbatches={asked}) over {devices} devices each; choose another "
-        "batch, number or mesh"
-    )

@@ -267,6 +267,16 @@ def head_params(config: TransformerConfig, params: dict) -> dict:
     return {"head": {"kernel": gathered(params["head"]["kernel"], _TABLE[::-1])}}
 
 
+def unembed(model: Transformer, head: dict, hidden: Hidden) -> Float[Array, "B T V"]:
+    """Return float32 logits by `head_params`, of one tile of a loop.
+
+    The head is said again to be gathered, which it is, for its gradient's sake: each tile's is then
+    cut over fsdp as it is summed, and not at the end of the loop.
+    """
+    params = head_params(model.config, head)
+    return model.apply({"params": params}, hidden, method="unembed")
+
+
 def logical_axes(model: Model) -> dict:
     """Return, for each parameter, the tuple of its dimensions' logical names."""
     boxed = jax.eval_shape(functools.partial(_init, model), jax.random.key(0))

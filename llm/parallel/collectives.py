@@ -33,7 +33,7 @@ class Collective:
     bytes_a_device: int  # that a device sends each time, by a ring's count
     count: int  # times an execution of the program
     shape: str  # of what a device gives, bf16[512,64]
-    name: str  # the operation of the traced program
+    source: str  # the operation of the traced program
 
     @property
     def total_bytes(self) -> int:

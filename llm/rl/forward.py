@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llm.models.scalar import ScalarModel
-from llm.models.transformer import Transformer, head_params, init_cache
+from llm.models.transformer import Transformer, head_params, init_cache, unembed
 from llm.objectives.tiles import map_tiles, num_tiles
 from llm.rl.models import Models
 from llm.rl.rollout import Rollout
@@ -83,7 +83,7 @@ def response_log_probs(
     length = rollout.mask.shape[1]
 
     def tile(hidden, tokens):
-        logits = model.apply({"params": head}, hidden, method="unembed") / temperature
+        logits = unembed(model, head, hidden) / temperature
         largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
         terms = jnp.exp(logits - largest)  # once: it is what this costs beside the product
         total = jnp.sum(terms, axis=-1)

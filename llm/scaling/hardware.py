@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from llm.parallel.config import MESH_AXES
+from llm.parallel.config import MESH_AXES, MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +23,11 @@ class Chip:
     # Links to its neighbours: of a TPU two a dimension of the torus, of a GPU its NVLinks together.
     link_bytes_per_second: float = 0.0
     dimensions: int = 0  # of the torus; 0: all chips of a host reach each other through a switch
-    wraps_from: int = 0  # dimensions of this length (or its multiples) are rings, others lines
-    host_chips: int = 8
+    # Of a dimension of this length (or its multiples) the ends are joined: it is a ring, others are
+    # lines. Where `cubes`, by optical switches, which join all dimensions of such a slice or none.
+    wraps_from: int = 0
+    cubes: bool = False
+    largest: tuple[int, ...] = ()  # slice
     network_bytes_per_second: float = 0.0  # between slices, or hosts of GPUs, a chip
 
 
@@ -32,9 +35,10 @@ class Chip:
 # directions and all links of a chip together (v5e: 400 GB/s over 4 links); the network between
 # slices a pod (v5e 6.4 Tb/s, v6e 25.6 Tb/s of 256 chips) or a chip (v5p 50 Gb/s). Memory is what
 # programs get of it, which the compiler tells of one that does not fit: 15.75 and 31.25 GiB of 16
-# and 32; of v5p's 95 GiB all.
+# and 32; of v5p's 95 GiB all. Of a link programs get nine tenths: jax-ml/scaling-book, tpus.md,
+# commit 54e2c43, which says too where the ends of dimensions are joined.
 # H100, H200: NVIDIA's data sheets of the SXM boards; NVLink 900 GB/s in both directions, one 400
-# Gb/s network card a GPU as in a DGX or HGX host.
+# Gb/s network card a GPU as in a DGX or HGX host, eight GPUs a host.
 CHIPS: dict[str, Chip] = {
     "v5e": Chip(
         kinds=("TPU v5 lite", "TPU v5e"),
@@ -44,6 +48,7 @@ CHIPS: dict[str, Chip] = {
         link_bytes_per_second=50e9,
         dimensions=2,
         wraps_from=16,
+        largest=(16, 16),
         network_bytes_per_second=6.4e12 / 8 / 256,
     ),
     "v5p": Chip(
@@ -54,17 +59,19 @@ CHIPS: dict[str, Chip] = {
         link_bytes_per_second=100e9,
         dimensions=3,
         wraps_from=4,
-        host_chips=4,
+        cubes=True,
+        largest=(16, 16, 24),
         network_bytes_per_second=50e9 / 8,
     ),
     "v6e": Chip(
         kinds=("TPU v6 lite", "TPU v6e"),
         peak_flops=918e12,
         memory_bytes=31.25 * 2**30,
-        memory_bytes_per_second=1640e9,
+        memory_bytes_per_second=1638e9,
         link_bytes_per_second=100e9,
         dimensions=2,
         wraps_from=16,
+        largest=(16, 16),
         network_bytes_per_second=25.6e12 / 8 / 256,
     ),
     "h100": Chip(
@@ -88,8 +95,7 @@ CHIPS: dict[str, Chip] = {
     "v4": Chip(kinds=("TPU v4",), peak_flops=275e12),
 }
 PLANNED = tuple(name for name, chip in CHIPS.items() if chip.memory_bytes)
-_ACROSS_SLICES = ("data", "pipeline", "fsdp")  # of which the first that can crosses them
-_POD = {"v5e": (16, 16), "v5p": (16, 16, 24), "v6e": (16, 16)}
+_HOST_GPUS = 8
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
@@ -146,17 +152,17 @@ def parse_slice(text: str) -> Slice:
         near = difflib.get_close_matches(name, PLANNED, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"slice {text!r}: no chip {name!r}; {hint}{', '.join(PLANNED)} are known")
-    chip = CHIPS[name]
+    chip, largest = CHIPS[name], "x".join(map(str, CHIPS[name].largest))
     if len(shape) != max(1, chip.dimensions):
-        wanted = "x".join(map(str, _POD[name])) if chip.dimensions else "64, a number of chips"
+        wanted = largest if chip.dimensions else "64, a number of chips"
         raise ValueError(
             f"slice {text!r}: {name} slices have {max(1, chip.dimensions)} dimension(s), as "
             f"{name}:{wanted}"
         )
     if min(shape) < 1 or count < 1:
         raise ValueError(f"slice {text!r}: sizes must be positive")
-    if chip.dimensions and any(n > most for n, most in zip(sorted(shape), _POD[name], strict=True)):
-        largest = "x".join(map(str, _POD[name]))
+    longest = max(shape) <= max(chip.largest) if chip.largest and not chip.cubes else True
+    if chip.largest and (not longest or math.prod(shape) > math.prod(chip.largest)):
         raise ValueError(
             f"slice {text!r}: the largest slice of {name} is {name}:{largest}; join several, as "
             f"2*{name}:{largest}"
@@ -175,8 +181,8 @@ class Wiring:
     between_slices: bool = False
 
 
-def wire_axes(where: Slice, sizes: Mapping[str, int]) -> dict[str, Wiring]:
-    """Return how each mesh axis lies, as `make_mesh` lays it: inner axes near.
+def wire_axes(where: Slice, mesh: MeshConfig) -> dict[str, Wiring]:
+    """Return how each axis of a mesh lies, as `make_mesh` lays it: inner axes near.
 
     On a torus an axis takes whole dimensions where their product is its size, and then sends both
     ways round each ring. What is left takes parts of dimensions: lines, or interleaved rings that
@@ -184,21 +190,12 @@ def wire_axes(where: Slice, sizes: Mapping[str, int]) -> dict[str, Wiring]:
     network.
 
     Raises:
-      ValueError: the sizes do not multiply to the slice's chips, or no axes span the slices.
+      ValueError: the sizes do not multiply to the slice's chips, or no axis can cross the slices.
     """
-    if math.prod(sizes.values()) != where.num_chips:
-        shown = ", ".join(f"{a}={n}" for a, n in sizes.items() if n > 1) or "one device"
-        raise ValueError(f"mesh ({shown}) is not of the {where.num_chips} chips of {where.name}")
-    found, inner = {}, dict(sizes)
+    crossing, sizes = mesh.within_slices(where.num_chips, where.num_slices)
+    inner, found = dict(zip(MESH_AXES, sizes, strict=True)), {}
     if where.num_slices > 1:
-        fitting = [a for a in _ACROSS_SLICES if inner.get(a, 1) % where.num_slices == 0]
-        if not fitting:
-            raise ValueError(
-                f"{where.num_slices} slices divide none of mesh.{', mesh.'.join(_ACROSS_SLICES)}, "
-                "one of which must cross them"
-            )
-        inner[fitting[0]] //= where.num_slices
-        found[fitting[0]] = Wiring(where.chip.network_bytes_per_second, between_slices=True)
+        found[crossing] = Wiring(where.chip.network_bytes_per_second, between_slices=True)
     inside = _on_torus(where, inner) if where.chip.dimensions else _on_switch(where, inner)
     return inside | found
 
@@ -210,7 +207,7 @@ def _on_switch(where: Slice, sizes: Mapping[str, int]) -> dict[str, Wiring]:
         size = sizes.get(axis, 1)
         if size == 1:
             continue
-        inside = max(1, min(size, chip.host_chips // stride))
+        inside = max(1, min(size, _HOST_GPUS // stride))
         if inside == size:
             found[axis] = Wiring(chip.link_bytes_per_second)
         else:  # each byte crosses once a host, by the cards of all its GPUs in the group
@@ -222,11 +219,12 @@ def _on_switch(where: Slice, sizes: Mapping[str, int]) -> dict[str, Wiring]:
 
 def _on_torus(where: Slice, sizes: Mapping[str, int]) -> dict[str, Wiring]:
     chip, free, found = where.chip, list(where.shape), {}
+    rings = _rings(chip, where.shape)
     waiting = [axis for axis in reversed(MESH_AXES) if sizes.get(axis, 1) > 1]
     for axis in waiting:
         whole = _whole_dimensions(free, sizes[axis])
         if whole:
-            rates = [_ring(chip, free[i]) for i in whole]
+            rates = [rings[i] for i in whole]
             found[axis] = Wiring(sum(rates))
             for i in whole:
                 free[i] = 1
@@ -240,17 +238,19 @@ def _on_torus(where: Slice, sizes: Mapping[str, int]) -> dict[str, Wiring]:
             if part == 1:
                 continue
             outermost = part == free[i]  # the last part of a dimension closes its ring
-            full = _ring(chip, where.shape[i]) if outermost else chip.link_bytes_per_second
+            full = rings[i] if outermost else chip.link_bytes_per_second
             rate += full / strides[i]  # groups that interleave share the links
             free[i], strides[i], left = free[i] // part, strides[i] * part, left // part
         found[axis] = Wiring(rate or chip.link_bytes_per_second)
     return found
 
 
-def _ring(chip: Chip, length: int) -> float:
-    """Return what a device can send along one dimension: both ways round a ring, one on a line."""
-    ring = chip.wraps_from and length % chip.wraps_from == 0
-    return chip.link_bytes_per_second * (2 if ring else 1)
+def _rings(chip: Chip, shape: Sequence[int]) -> list[float]:
+    """Return what a device can send along each dimension: both ways round a ring, one on a line."""
+    joined = [length % chip.wraps_from == 0 for length in shape]
+    if chip.cubes:
+        joined = [all(joined)] * len(shape)
+    return [chip.link_bytes_per_second * (2 if ring else 1) for ring in joined]
 
 
 def _whole_dimensions(free: Sequence[int], size: int) -> tuple[int, ...]:

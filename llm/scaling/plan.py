@@ -3,17 +3,16 @@ Third floor. Pure functions of a workload, a mesh and a slice."""
 
 import dataclasses
 
+from llm.parallel.config import MeshConfig
 from llm.scaling.hardware import Slice, wire_axes
 from llm.scaling.step_memory import StepMemory, count_step_memory
 from llm.scaling.traffic import (
-    Work,
     count_layer_memory_traffic,
     count_traffic,
     count_update_memory_traffic,
-    count_work,
-    pipeline_bubble,
 )
-from llm.scaling.workload import Sizes, Workload
+from llm.scaling.work import Work, count_work
+from llm.scaling.workload import Workload, mesh_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,18 +20,16 @@ class StepTime:
     """Seconds of a step by what they are spent on, each at its published rate."""
 
     compute: float  # products and kernels of the layers and the loss
-    bubble: float  # a pipeline's stages that wait
+    idle: float  # of those, what a pipeline's stages compute without having work
     memory: float  # what those products read and write
     update: float  # the optimizer: its memory traffic or its products
     network: dict[str, float]  # by mesh axis
-    between: float  # of those, through the network between slices
+    crossing: str | None  # the axis between slices, through the data centre's network
 
     @property
     def bound(self) -> float:
         """The least a step can take: all of it at once, but for the update, which comes after."""
-        busiest = max(
-            self.compute + self.bubble, self.memory, max(self.network.values(), default=0.0)
-        )
+        busiest = max(self.compute, self.memory, max(self.network.values(), default=0.0))
         return busiest + self.update
 
     @property
@@ -40,14 +37,15 @@ class StepTime:
         """What a step is taken to take: parameters are gathered, and gradients reduced, beside the
         products; sums and exchanges of activations, and what runs between slices, are waited for.
         """
-        beside = self.network.get("fsdp", 0.0) + self.network.get("data", 0.0) - self.between
+        of_params = {"fsdp", "data"} - {self.crossing}
+        beside = sum(self.network.get(axis, 0.0) for axis in of_params)
         waited = sum(self.network.values()) - beside
-        return max(self.compute + self.bubble, self.memory, beside) + waited + self.update
+        return max(self.compute, self.memory, beside) + waited + self.update
 
     @property
     def bound_by(self) -> str:
         """What the least time is made of: compute, memory, or network over which axis."""
-        rivals = {"compute": self.compute + self.bubble, "memory": self.memory}
+        rivals = {"compute": self.compute, "memory": self.memory}
         rivals |= {f"network ({axis})": seconds for axis, seconds in self.network.items()}
         return max(rivals, key=rivals.__getitem__)
 
@@ -82,19 +80,19 @@ class Plan:
         return self.tokens / self.time.predicted * 86400
 
 
-def make_plan(workload: Workload, sizes: Sizes, where: Slice) -> Plan:
+def make_plan(workload: Workload, mesh: MeshConfig, where: Slice) -> Plan:
     """Return the plan of a step on a slice.
 
     Raises:
       ValueError: the mesh does not fit the slice, the model, or the batch.
     """
-    wiring = wire_axes(where, sizes)
+    wiring, sizes = wire_axes(where, mesh), mesh_sizes(mesh, where.num_chips)
     workload.check(sizes)
     chip, chips = where.chip, where.num_chips
     platform = "tpu" if chip.dimensions else "gpu"
-    work, sent = count_work(workload, platform), count_traffic(workload, sizes)
+    work = count_work(workload, sizes, platform)
+    sent = count_traffic(workload, sizes, platform)
     compute = (work.products + work.attention) / chips / chip.peak_flops
-    bubble = pipeline_bubble(workload, sizes)
     rate = chip.memory_bytes_per_second
     update = max(
         count_update_memory_traffic(workload, sizes) / rate,
@@ -108,11 +106,11 @@ def make_plan(workload: Workload, sizes: Sizes, where: Slice) -> Plan:
         sent_bytes=sent,
         time=StepTime(
             compute=compute,
-            bubble=compute * bubble / (1 - bubble),
+            idle=compute * (1 - 1 / workload.turns(sizes)),
             memory=count_layer_memory_traffic(workload, sizes) / rate,
             update=update,
             network=network,
-            between=float(sum(s for a, s in network.items() if wiring[a].between_slices)),
+            crossing=next((a for a, lies in wiring.items() if lies.between_slices), None),
         ),
         tokens=workload.tokens,
         peak_flops=chips * chip.peak_flops,

@@ -7,7 +7,8 @@ rest the largest of three moments counts.
 
 import dataclasses
 
-from llm.scaling.traffic import is_muons, loss_tiles
+from llm.scaling.traffic import worst_rows_per_token
+from llm.scaling.work import muon_shares, rows_per_token
 from llm.scaling.workload import (
     Sizes,
     Workload,
@@ -49,21 +50,22 @@ def count_step_memory(workload: Workload, sizes: Sizes) -> StepMemory:
     # Of a microbatch, in float32; and, where there are several, their sum. Beside them the layers'
     # parameters in the type that is computed in, made before the loop over layers.
     several = workload.accumulate_steps > 1
-    cast = sum(itemsize * a.size / a.parts(sizes) for a in params) if itemsize < 4 else 0.0
+    cast = itemsize * local if itemsize < 4 else 0.0
     return StepMemory(
         params=sum(a.size * a.itemsize / a.parts(sizes) for a in params),
         optimizer=sum(a.size * a.itemsize / a.parts(sizes) for a in arrays if not a.names),
         gradients=(4 + 4 * several) * local,
         activations=kept_bytes(workload, sizes) + cast,
-        loss=_loss_bytes(workload, sizes, itemsize) - 4 * local,  # whose gradients come later
-        layer=_layer_bytes(workload, sizes, itemsize),
+        loss=_loss_bytes(workload, sizes) - 4 * local,  # whose gradients come later
+        layer=_layer_bytes(workload, sizes),
         update=_update_bytes(workload, sizes),
         batch=5 * 4 * workload.tokens / batch_parts(sizes) / sizes["context"],
     )
 
 
 def kept_bytes(workload: Workload, sizes: Sizes) -> float:
-    """Return the activations kept for the backward pass, of all layers of a device.
+    """Return the activations kept for the backward pass, of all layers of a device; of a pipeline
+    in each of its turns, idle ones too.
 
     Traced: what a second cycle of layers adds to a first, of one sequence, with the heads and
     features of one device.
@@ -71,9 +73,9 @@ def kept_bytes(workload: Workload, sizes: Sizes) -> float:
     config, g = workload.model, sizes["tensor"]
     cut = {
         name: getattr(config, name) // g
-        for name in ("num_heads", "num_kv_heads", "mlp_width", "expert_mlp_width")
-        if getattr(config, name, 0)
-    }
+        for name in ("num_heads", "num_kv_heads", "mlp_width", "expert_mlp_width",
+                     "shared_expert_width")
+    }  # fmt: skip
     local = dataclasses.replace(config, **cut, vocab_size=_LANES, dropout_rate=0.0)
     compute = dataclasses.replace(workload.compute, unroll_layers=False)
     one, two = (
@@ -84,51 +86,62 @@ def kept_bytes(workload: Workload, sizes: Sizes) -> float:
         )
         for n in (1, 2)
     )
-    rows = workload.batch_sequences / workload.accumulate_steps / batch_parts(sizes)
+    sequences = workload.microbatch_tokens(sizes) / workload.length_tokens
     cycles = config.num_layers / len(config.cycle_layers) / sizes["pipeline"]
-    return (two - one) * cycles * rows / sizes["context"]
+    return (two - one) * cycles * sequences * workload.turns(sizes)
 
 
-def _stream_bytes(workload: Workload, sizes: Sizes, itemsize: int) -> float:
-    """Return the bytes of the residual stream of a device's part of a microbatch."""
-    tokens = workload.tokens / workload.accumulate_steps / batch_parts(sizes) / sizes["context"]
-    return tokens * workload.model.width * itemsize
-
-
-def _loss_bytes(workload: Workload, sizes: Sizes, itemsize: int) -> float:
-    """The head and its gradient, both whole in width; a tile's logits; hidden states, cut in tiles,
-    and their gradient."""
-    config, g = workload.model, sizes["tensor"]
+def _loss_bytes(workload: Workload, sizes: Sizes) -> float:
+    """The head, whole in width; a tile's logits, in float32, and their gradient; hidden states, cut
+    in tiles, and their gradient. The head's gradient comes when the logits have gone."""
+    config, g, itemsize = workload.model, sizes["tensor"], workload.itemsize
     head = config.width * config.padded_vocab_size / g * itemsize
-    tokens = workload.tokens / workload.accumulate_steps / batch_parts(sizes) / sizes["context"]
-    tile = tokens / loss_tiles(workload, sizes)
-    logits = tile * config.padded_vocab_size / g * 4
-    return 2 * head + logits + 3 * _stream_bytes(workload, sizes, itemsize)
+    tokens = workload.microbatch_tokens(sizes) / sizes["pipeline"]
+    tile = tokens / workload.loss_tiles(sizes)
+    logits = tile * config.padded_vocab_size / g * (4 + itemsize)
+    return head + logits + 3 * tokens * config.width * itemsize
 
 
-def _layer_bytes(workload: Workload, sizes: Sizes, itemsize: int) -> float:
-    """A layer's weights gathered, the next one's under way, its gradients before they are
-    scattered; and what its backward pass holds of its tokens."""
-    config, g = workload.model, sizes["tensor"]
+def _layer_bytes(workload: Workload, sizes: Sizes) -> float:
+    """What a layer's backward pass works with: its weights, their gradients, its tokens.
+
+    Weights are gathered a layer at a time, the next ones' while these are used. A pipeline gathers
+    those of all its stage's layers before the first turn, and adds the gradients of each turn,
+    whole, in float32, to those before; beside them microbatches wait for their turn, and their
+    gradients.
+    """
+    config, stages, itemsize = workload.model, sizes["pipeline"], workload.itemsize
     layers = [a for a in param_arrays(workload) if "layers" in a.names]
-    whole = sum(a.size / a.parts(sizes, without=("fsdp",)) for a in layers) / config.num_cycles
-    tokens = workload.tokens / workload.accumulate_steps / batch_parts(sizes) / sizes["context"]
+    whole = sum(a.size / a.parts(sizes, without=("fsdp",)) for a in layers)
+    tokens = workload.microbatch_tokens(sizes)
+    working = tokens / workload.pipeline_microbatches(sizes) * _bytes_a_token(workload, sizes)
+    if stages > 1:
+        return (itemsize + 4 + 4) * whole + 2 * tokens * config.width * itemsize + working
+    return 2 * whole / config.num_cycles * itemsize + working
+
+
+def _bytes_a_token(workload: Workload, sizes: Sizes) -> float:
+    """What is projected, the stream and its gradient; the kernel's float32 sum of each row of
+    scores, which takes a vector of lanes; of experts the rows of their buffers, which have room for
+    whatever comes where no token is dropped."""
+    config, g, itemsize = workload.model, sizes["tensor"], workload.itemsize
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim / g
-    wide = workload.active_mlp_width * (3 if config.gated else 2) / g
-    # what is projected, the stream and its gradient; the kernel's float32 sum of each row of
-    # scores, which takes a vector of lanes
-    a_token = (heads + wide + 2 * config.width) * itemsize + 4 * _LANES * config.num_heads / g
-    return 2 * whole * itemsize + tokens * a_token
+    products = 3 if config.gated else 2
+    wide = config.mlp_width if config.activation != "none" else 0
+    if config.moe_layers:
+        wide = config.shared_expert_width
+    numbers = heads + products * wide / g + 2 * config.width
+    if config.moe_layers:
+        dropless = config.expert_capacity_factor is None
+        rows = worst_rows_per_token(workload, sizes) if dropless else rows_per_token(workload)
+        numbers += rows * (products * config.expert_mlp_width / g + 2 * config.width)
+    return numbers * itemsize + 4 * _LANES * config.num_heads / g
 
 
 def _update_bytes(workload: Workload, sizes: Sizes) -> float:
-    """What Muon orthogonalises: the compiler gathers every matrix whole, in bfloat16, and works on
-    the largest stack of them at once; the parts of the update between its steps are float32. Other
-    optimizers work in place."""
+    """What Muon orthogonalises: a device's share of the largest stack of matrices, what they are
+    exchanged from, and two products of them, in float32. Other optimizers work in place."""
     if workload.optimizer.name != "muon":
         return 0.0
-    matrices = [array for array in param_arrays(workload) if is_muons(array)]
-    largest = max(array.size for array in matrices)
-    gathered = sum(array.size for array in matrices if array.parts(sizes) > 1)
-    local = sum(array.size / array.parts(sizes) for array in matrices)
-    return 2 * (gathered + largest) + 4 * 4 * local
+    shares = muon_shares(workload, sizes)
+    return 4 * 4 * max(share.matrices * share.size for share in shares)

@@ -9,7 +9,9 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from llm.models.config import ComputeConfig, TransformerConfig
+from llm.models.on_mesh import check_heads, check_stages, num_microbatches
 from llm.models.transformer import Transformer, logical_axes
+from llm.objectives.tiles import divide_tokens
 from llm.parallel.config import MESH_AXES, MeshConfig
 from llm.parallel.mesh import make_mesh
 from llm.parallel.rules import RULES
@@ -50,9 +52,33 @@ class Workload:
         config = self.model
         if config.activation == "none":
             return 0
-        if not getattr(config, "num_experts", 0):
+        if not config.moe_layers:
             return config.mlp_width
         return config.experts_per_token * config.expert_mlp_width + config.shared_expert_width
+
+    def microbatch_tokens(self, sizes: Sizes) -> float:
+        """Return the positions of a microbatch that a device has within the layers."""
+        rows = self.batch_sequences / self.accumulate_steps / batch_parts(sizes)
+        return rows * self.length_tokens / sizes["context"]
+
+    def loss_tiles(self, sizes: Sizes) -> int:
+        """Return in how many tiles the loss of a microbatch is taken."""
+        tokens = self.microbatch_tokens(sizes) / sizes["pipeline"]
+        return divide_tokens(tokens, self.length_tokens, self.loss_tile_tokens)
+
+    def pipeline_microbatches(self, sizes: Sizes) -> int:
+        """Return M, into how many parts the pipeline cuts a microbatch."""
+        stages, asked = sizes["pipeline"], self.compute.pipeline_microbatches
+        rows = self.batch_sequences // self.accumulate_steps
+        return num_microbatches(rows, batch_parts(sizes), stages, asked) if stages > 1 else 1
+
+    def turns(self, sizes: Sizes) -> float:
+        """Return the turns of a stage for each in which it has work: (M·R + S − 1) / (M·R).
+
+        Source: Narayanan et al. 2021, arXiv:2104.04473, section 2.2, for a circular schedule.
+        """
+        busy = self.pipeline_microbatches(sizes) * self.compute.pipeline_repeats
+        return (busy + sizes["pipeline"] - 1) / busy
 
     def check(self, sizes: Sizes) -> None:
         """Check that a mesh divides the model and its batch.
@@ -60,6 +86,7 @@ class Workload:
         Raises:
           ValueError: names the dimension, and the sizes that would divide it.
         """
+        check_stages(self.model.num_cycles, sizes["pipeline"], self.compute)
         for leaf in state_arrays(self):
             for size, axes in zip(leaf.shape, leaf.axes, strict=True):
                 parts = math.prod(sizes[axis] for axis in axes)
@@ -76,15 +103,14 @@ class Workload:
                 f"accumulate_steps={self.accumulate_steps}) does not divide over the {parts} "
                 "devices of mesh.data × mesh.fsdp × mesh.expert"
             )
-        for name, size, axes in (
-            ("data.length_tokens", self.length_tokens, ("context",)),
-            ("model.num_heads", self.model.num_heads, ("tensor", "context")),
-            ("model.num_kv_heads", self.model.num_kv_heads, ("tensor",)),
-        ):
-            parts = math.prod(sizes[axis] for axis in axes)
-            if size % parts:
-                cut = " × ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes)
-                raise ValueError(f"{name}={size} does not divide over {cut}={parts} devices")
+        if self.length_tokens % sizes["context"]:
+            raise ValueError(
+                f"data.length_tokens={self.length_tokens} does not divide over "
+                f"mesh.context={sizes['context']} devices"
+            )
+        heads, stretches = self.model.num_heads, sizes["context"]
+        check_heads(heads, sizes["tensor"] * stretches, stretches)
+        self.pipeline_microbatches(sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +126,15 @@ class StateArray:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether rows of it are looked up: the embedding, learned positions."""
+        return self.name.endswith("embedding")
+
+    def is_cut_by(self, axis: str) -> bool:
+        """Whether a mesh axis cuts one of its dimensions."""
+        return any(axis in axes for axes in self.axes)
 
     def parts(self, sizes: Sizes, *, without: tuple[str, ...] = ()) -> int:
         """Return into how many parts a mesh cuts it, some of its axes left out."""
@@ -144,9 +179,9 @@ def batch_parts(sizes: Sizes) -> int:
     return math.prod(sizes[axis] for axis in RULES["activation_batch"] if axis != "pipeline")
 
 
-def mesh_sizes(sizes: tuple[int, ...]) -> dict[str, int]:
-    """Return sizes in MESH_AXES' order by the axes' names."""
-    return dict(zip(MESH_AXES, sizes, strict=True))
+def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Return the sizes of a mesh of so many devices by the axes' names."""
+    return dict(zip(MESH_AXES, mesh.sizes(num_devices), strict=True))
 
 
 # Both trace the model, and a search asks for thousands of plans of one.

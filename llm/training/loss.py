@@ -1,12 +1,13 @@
 """A model and an objective made into the loss function that the train step takes. Second floor."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 from jaxtyping import Array, Float
 
 from llm.models.router import COLLECTION, RouterSums, gather_sums
-from llm.models.transformer import Transformer, head_params
+from llm.models.transformer import Transformer, head_params, unembed
 from llm.objectives.causal_lm import Batch, causal_lm_loss
 from llm.objectives.cross_entropy import tiled_token_nats
 from llm.objectives.router import (
@@ -35,8 +36,7 @@ def make_causal_lm_loss(
     """
     routed = bool(model.config.moe_layers)
 
-    def unembed(head, hidden):
-        return model.apply({"params": head}, hidden, method="unembed")
+    logits = functools.partial(unembed, model)
 
     def loss_fn(params, batch, key):
         dropout = {"dropout": key} if model.config.dropout_rate and key is not None else {}
@@ -52,7 +52,7 @@ def make_causal_lm_loss(
         )
         head = head_params(model.config, params)
         objective, sums = causal_lm_loss(
-            unembed, head, hidden, batch, z_loss=z_loss, tile_tokens=tile_tokens
+            logits, head, hidden, batch, z_loss=z_loss, tile_tokens=tile_tokens
         )
         if not routed:
             return objective, sums
@@ -79,8 +79,7 @@ def make_token_nats(
 ) -> Callable[[dict, Batch], Float[Array, "B T"]]:
     """Return (params, batch) → −log p of each target in nats: what the loss is the sum of."""
 
-    def unembed(head, hidden):
-        return model.apply({"params": head}, hidden, method="unembed")
+    logits = functools.partial(unembed, model)
 
     def token_nats(params, batch):
         hidden, _ = model.apply(
@@ -91,6 +90,6 @@ def make_token_nats(
             method="hidden",
         )
         head = head_params(model.config, params)
-        return tiled_token_nats(unembed, tile_tokens, head, hidden, batch["targets"])
+        return tiled_token_nats(logits, tile_tokens, head, hidden, batch["targets"])
 
     return token_nats

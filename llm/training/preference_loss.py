@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llm.data.loader import Batch as HostBatch
 from llm.models.scalar import ScalarModel, at_last_token
-from llm.models.transformer import Transformer, head_params
+from llm.models.transformer import Transformer, head_params, unembed
 from llm.objectives.preference import (
     bradley_terry_loss,
     dpo_loss,
@@ -98,7 +98,7 @@ def response_log_prob_sums(
 
     @jax.checkpoint
     def tile(hidden, targets, weights):
-        logits = model.apply({"params": head}, hidden, method="unembed")
+        logits = unembed(model, head, hidden)
         is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
         chosen = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
         return weights * (chosen - jax.nn.logsumexp(logits, axis=-1))

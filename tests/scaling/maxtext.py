@@ -17,9 +17,10 @@ import math
 from typing import NamedTuple
 
 from llm.models.config import ComputeConfig, TransformerConfig
+from llm.parallel.config import MeshConfig
 from llm.scaling.hardware import Slice, parse_slice
 from llm.scaling.plan import Plan, make_plan
-from llm.scaling.workload import Workload, cached_flops, mesh_sizes
+from llm.scaling.workload import Workload, cached_flops
 from llm.training.config import OptimizerConfig
 
 LENGTH = 2048
@@ -117,8 +118,8 @@ def workload(run: Run) -> Workload:
 
 def plan(run: Run) -> Plan:
     tensor = (V5E if run.chip == "v5e" else V5P)[run.billions][2]
-    sizes = mesh_sizes((run.slices, run.slice_chips // tensor, 1, 1, 1, tensor))
-    return make_plan(workload(run), sizes, where(run))
+    mesh = MeshConfig(data=run.slices, fsdp=run.slice_chips // tensor, tensor=tensor)
+    return make_plan(workload(run), mesh, where(run))
 
 
 def tflops(run: Run, seconds: float) -> float:

@@ -2,13 +2,13 @@
 
 import pytest
 
-from llm.parallel.config import MESH_AXES
+from llm.parallel.config import MeshConfig
 from llm.scaling.hardware import CHIPS, PLANNED, parse_slice, wire_axes
 
 
-def rates(text, **sizes):
-    sizes = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
-    return {a: w.bytes_per_second for a, w in wire_axes(parse_slice(text), sizes).items()}
+def rates(text, across_slices="auto", **sizes):
+    mesh = MeshConfig(**({"data": 1} | sizes), across_slices=across_slices)
+    return {a: w.bytes_per_second for a, w in wire_axes(parse_slice(text), mesh).items()}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,25 @@ def test_slices_and_hosts_are_joined_by_the_network():
         rates("3*v5e:4x4", fsdp=16, tensor=3)
 
 
+def test_the_config_says_which_axis_crosses_slices():
+    by_default = rates("2*v5e:4x4", data=2, pipeline=2, fsdp=8)
+    asked = rates("2*v5e:4x4", data=2, pipeline=2, fsdp=8, across_slices="pipeline")
+    assert by_default["data"] == asked["pipeline"] == 25e9 / 8
+    assert asked["data"] > 25e9 / 8 < by_default["pipeline"]
+
+
+def test_switches_join_whole_cubes_only():
+    """Slices of v5p below a 4x4x4 cube have no rings (docs.cloud.google.com/tpu/docs/v5p)."""
+    assert rates("v5p:2x2x4", fsdp=16) == {"fsdp": 300e9}
+    assert rates("v5p:4x4x8", fsdp=128) == {"fsdp": 600e9}
+
+
+def test_slices_of_v5p_are_as_large_as_their_cubes_allow():
+    assert parse_slice("v5p:4x4x28").num_chips == 448
+    with pytest.raises(ValueError, match="largest slice of v5p is v5p:16x16x24"):
+        parse_slice("v5p:16x16x28")
+
+
 def test_a_mesh_of_other_chips_is_told():
-    with pytest.raises(ValueError, match=r"mesh \(fsdp=8\) is not of the 16 chips of v5e:4x4"):
+    with pytest.raises(ValueError, match=r"mesh \(fsdp=8\) needs 8 devices but there are 16"):
         rates("v5e:4x4", fsdp=8)
