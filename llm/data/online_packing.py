@@ -13,6 +13,7 @@ import grain
 import numpy as np
 from etils import epath
 
+from llm.data.disk import is_store
 from llm.data.loader import Batch, local_sequences
 from llm.data.mixture import Mixture, make_mixture
 from llm.data.packing import permutation
@@ -123,7 +124,7 @@ class OnlineBatches(Iterator[Batch]):
         self._iterator.close()
 
     def _write_state(self, line: str) -> None:
-        if _on_store(self._journal):  # which cannot append: an object a batch
+        if is_store(self._journal):  # which cannot append: an object a batch
             _entry(self._journal, self._cursor).write_text(line)
             return
         self._journal.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +140,7 @@ class OnlineBatches(Iterator[Batch]):
         # Host 0's journal too: a host that was not there before has none of its own.
         for path in (self._journal, self._journal.with_name("online-host-00000.jsonl")):
             found = None
-            written = _entry(path, cursor) if _on_store(path) else path
+            written = _entry(path, cursor) if is_store(path) else path
             if written.exists():
                 for line in written.read_text(encoding="utf-8").splitlines():
                     if line.startswith(f'{{"cursor": {cursor},'):
@@ -147,10 +148,6 @@ class OnlineBatches(Iterator[Batch]):
             if found is not None:
                 return found
         raise OnlineStateError(f"{self._journal} has no state for cursor {cursor}; start anew")
-
-
-def _on_store(journal: epath.Path) -> bool:
-    return "://" in os.fspath(journal)
 
 
 def _entry(journal: epath.Path, cursor: int) -> epath.Path:

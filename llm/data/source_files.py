@@ -11,6 +11,7 @@ from typing import Any, Literal
 from etils import epath
 
 from llm.data.compressed import READ_ERRORS, open_unpacked, read_line, split_endings
+from llm.data.disk import is_store
 from llm.data.rows import BadRow, Row, Shard, SourceError, nearest, unknown_field
 
 _JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
@@ -142,12 +143,12 @@ def _expand(pattern: str) -> dict[str, str]:
     if path.exists():
         if path.is_dir():
             raise SourceError(f"{pattern} is a folder; name its files: {path / '*.jsonl'}")
-        if "://" not in pattern and not os.path.isfile(pattern):
+        if not is_store(pattern) and not os.path.isfile(pattern):
             raise SourceError(f"{pattern} is a pipe or device, which cannot be read twice")
         return {pattern: path.name}
     wildcards = [pattern.index(c) for c in "*?[" if c in pattern]
     base = pattern[: min(wildcards, default=len(pattern))].rpartition("/")[0]
-    if "://" in pattern:
+    if is_store(pattern):
         found = [str(p) for p in epath.Path(base).glob(pattern[len(base) + 1 :])]
     else:
         found = [p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
@@ -207,7 +208,7 @@ def _check_json(path: str, fields: Sequence[str], limit: int) -> None:
 
 def _json_shards(path: str) -> list[Shard]:
     """Cut a large local file into parts; a line belongs to the part in which it starts."""
-    can_seek = "://" not in path and not split_endings(path)[1]
+    can_seek = not is_store(path) and not split_endings(path)[1]
     if not can_seek or os.path.getsize(path) <= PART_BYTES:
         return [Shard(path)]
     size, shards, newlines = os.path.getsize(path), [], 0

@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import registered
 
+from llm.data.disk import is_store
 from llm.data.rows import BadRow, Row, Shard, SourceError, nearest, unknown_field
 
 # Our own builders: packaged corpora that need no data set hub.
@@ -145,7 +146,7 @@ def _progress(name: str) -> Iterator[None]:
 
 def _lock(builder: Any) -> contextlib.AbstractContextManager[Any]:
     root = str(builder.data_dir).partition(f"/{builder.name}")[0]
-    if "://" in root:
+    if is_store(root):
         return contextlib.nullcontext()  # TFDS itself writes aside and renames
     path = epath.Path(root)
     path.mkdir(parents=True, exist_ok=True)

@@ -186,6 +186,7 @@ class Program:
         return self._constant(computation, made.operands[index], callers)
 
 
+@functools.lru_cache(maxsize=1)  # one text is asked for its products, kernels and collectives
 def read_program(text: str) -> Program:
     """Return the program that a compiled step's `as_text()` prints."""
     computations, entry, name, lines = {}, "", "", {}

@@ -21,8 +21,8 @@ def write_lines(path, rows, broken=()):
 
 
 def mixed_config(folder, **fields) -> DataConfig:
-    """Two texts of five files and a chat: equal documents within files, across files, sources and
-    the two splits, near duplicates of held-out text, bad rows."""
+    """Two texts of five files and chats of two: equal documents within files, across files, sources
+    and the two splits, near duplicates of held-out text, bad rows."""
     held_out = [story(i) for i in range(12)]
     for source, base in (("books", 100), ("web", 200)):
         (folder / source).mkdir(parents=True)
@@ -39,23 +39,26 @@ def mixed_config(folder, **fields) -> DataConfig:
         for i in range(40)
     ]  # fmt: skip
     refused = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
-    write_lines(folder / "chat.jsonl", [{"messages": turns} for turns in [*chats, refused]])
+    (folder / "chat").mkdir()
+    for i, turns in enumerate((chats[:25], [*chats[25:], refused])):
+        write_lines(folder / "chat" / f"{i}.jsonl", [{"messages": each} for each in turns])
     sources = {
         "books": SourceConfig(
             paths=(f"{folder}/books/*.jsonl",), validation_paths=(f"{folder}/held_out.jsonl",)
         ),
         "web": SourceConfig(paths=(f"{folder}/web/*.jsonl",), validation_fraction=0.2),
         "chat": SourceConfig(
-            paths=(f"{folder}/chat.jsonl",), format="messages", validation_fraction=0.2
+            paths=(f"{folder}/chat/*.jsonl",), format="messages", validation_fraction=0.2
         ),
     }
     return DataConfig(sources=sources, length_tokens=64, max_overlap_fraction=1.0, **fields)
 
 
 def digests(folder) -> dict[str, str]:
-    """Return every file below a folder with the hash of its content."""
+    """Return every prepared file below a folder with the hash of its content. The tokenizer's, for
+    a Beam job's workers to read, is none."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != "tokenizer.json"
     }
