@@ -16,7 +16,6 @@ from llm.data.builders.grouping import (
 )
 from llm.data.builders.packaged import PackagedCorpus
 from llm.data.packages import fetch_package
-from llm.data.text_classifier import labels_are_clear
 
 _SHARES = {"validation": 0.05, "test": 0.05}
 _JUDGE_SHARE = 0.4
@@ -97,6 +96,9 @@ def instructions(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def clear_reviews(rows: list[dict[str, str]], groups: Groups) -> list[dict[str, str]]:
     """Return the rows that say clearly what they are labelled."""
+    # here, since scikit-learn takes a second that a misspelt name should not
+    from llm.data.text_classifier import labels_are_clear
+
     texts, labels = [row["text"] for row in rows], [row["label"] for row in rows]
     alike = [groups.find(text) for text in texts]
     clear = labels_are_clear(texts, labels, alike, by_characters=True)

