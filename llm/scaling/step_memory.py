@@ -134,7 +134,7 @@ def _bytes_a_token(workload: Workload, sizes: Sizes) -> float:
     if config.moe_layers:
         dropless = config.expert_capacity_factor is None
         rows = worst_rows_per_token(workload, sizes) if dropless else rows_per_token(workload)
-        numbers += rows * (products * config.expert_mlp_width / g + 2 * config.width)
+        numbers += rows * (products * config.expert_mlp_width / g + 3 * config.width)
     return numbers * itemsize + 4 * _LANES * config.num_heads / g
 
 

@@ -2,7 +2,8 @@
 
 Collectives count as `llm/parallel/collectives.py` counts those of a compiled step: bytes that a
 device sends, by a ring's count. The forms are those of what our step asks for. The compiler does
-more at times: on many devices it sums gradients whole of which each is to keep a part.
+more at times: where a device's part is narrow it sums whole what it could gather or scatter, which
+sends twice as much.
 """
 
 from collections import Counter
@@ -47,9 +48,12 @@ def _param_traffic(workload: Workload, sizes: Sizes, array: StateArray) -> dict[
         sent["fsdp"] += micro * width * over_fsdp
         sent.update(_summed(array, sizes, micro * 4 * whole, _SUMMED_OVER))
     if array.name.startswith("head") or (workload.model.tied_head and "vocab" in array.names):
-        # Gathered once for all tiles and microbatches; its gradient is scattered tile by tile.
-        sent["fsdp"] += itemsize * over_fsdp * (1 + micro * workload.loss_tiles(sizes))
-        sent.update(_summed(array, sizes, micro * 4 * whole / f))
+        # Gathered once for all tiles and microbatches; its gradient is scattered tile by tile, and
+        # that of several tiles is in float32.
+        tiles = workload.loss_tiles(sizes)
+        sent["fsdp"] += itemsize * over_fsdp * (1 + micro * tiles)
+        width = itemsize if tiles == 1 else 4
+        sent.update(_summed(array, sizes, micro * width * whole / f))
     elif not array.is_table:
         # Gathered for the forward and for the backward pass, its gradient scattered; by a pipeline
         # gathered once, for all turns of both, and its gradient scattered in float32.
