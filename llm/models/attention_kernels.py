@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from llm.models.masks import AttentionPattern
@@ -10,6 +11,7 @@ from llm.models.platforms import need_platform, platform
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B K S H"]
 
+KEPT = "attention"  # how what remat="attention" keeps is called
 BLOCK_TOKENS = 64  # queries a block of the "blocked" kernel; measured on CPU at T = 256 … 1,024
 
 
@@ -33,15 +35,15 @@ def attend(
         kernel = _choose(q, k, pattern, softcap)
     match kernel:
         case "xla":
-            return _attend_dense(q, k, v, pattern, softcap)
+            return checkpoint_name(_attend_dense(q, k, v, pattern, softcap), KEPT)
         case "blocked":
-            return _attend_blocked(q, k, v, pattern, softcap)
+            return checkpoint_name(_attend_blocked(q, k, v, pattern, softcap), KEPT)
         case "cudnn":
-            return _attend_cudnn(q, k, v, pattern, softcap)
+            return checkpoint_name(_attend_cudnn(q, k, v, pattern, softcap), KEPT)
         case "splash":
             from llm.models.splash import attend_splash  # Pallas's TPU modules load on demand
 
-            return attend_splash(q, k, v, pattern, softcap)
+            return attend_splash(q, k, v, pattern, softcap, kept_as=KEPT)
     raise ValueError(f"attention_kernel={kernel!r}: must be auto, xla, blocked, cudnn or splash")
 
 

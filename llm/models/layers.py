@@ -7,7 +7,6 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from llm.models.attention_kernels import attend
@@ -102,7 +101,7 @@ class Attention(nn.Module):
             kernel=self.compute.attention_kernel,
             softcap=c.attention_softcap,
         )
-        out = checkpoint_name(constrain(out, *query_axes), "attention")
+        out = constrain(out, *query_axes)
         spec, axes = "BTNH,NHD->BTD", ("heads", "head_dim", "embed")
         out = project("out", spec, (n, h, d), axes, c.attention_bias == "all", residual=True)(out)
         return out, cache

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from llm.models.attention_kernels import KEPT
 from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
 from llm.models.feed_forward import readout_init
 from llm.models.layers import Hidden, Layer, LayerCache, LayerInputs
@@ -320,11 +321,12 @@ def _init(model: Model, key: jax.Array) -> dict:
 def _rematerialise(module, compute: ComputeConfig, *, scanned: bool):
     """Wrap a module so that its activations are recomputed in the backward pass, by policy name."""
     policies = jax.checkpoint_policies
+    attention, either = policies.save_only_these_names(KEPT), policies.save_from_both_policies
     named = {
         "full": policies.nothing_saveable,
-        "dots": policies.dots_saveable,
-        "dots_with_no_batch": policies.dots_with_no_batch_dims_saveable,
-        "attention": policies.save_only_these_names("attention"),
+        "dots": either(policies.dots_saveable, attention),
+        "dots_with_no_batch": either(policies.dots_with_no_batch_dims_saveable, attention),
+        "attention": attention,
     }
     if compute.remat == "none":
         return module

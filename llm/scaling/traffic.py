@@ -42,18 +42,21 @@ def _param_traffic(workload: Workload, sizes: Sizes, array: StateArray) -> dict[
     f = sizes["fsdp"] if array.is_cut_by("fsdp") else 1
     whole = array.size / array.parts(sizes, without=("fsdp",))
     over_fsdp = whole * (f - 1) / f  # of each number of the array that is gathered or scattered
+    # Sums of a table's and head's gradients alone the compiler moves behind the last microbatch.
+    moved = not workload.model.tied_head and sizes["tensor"] == 1
     if array.is_table:
         # Looked up in float32 where tensor parallelism cuts it; its gradient is summed whole.
         width = 4 if sizes["tensor"] > 1 else itemsize
         sent["fsdp"] += micro * width * over_fsdp
-        sent.update(_summed(array, sizes, micro * 4 * whole, _SUMMED_OVER))
+        times = 1 if moved and sizes["fsdp"] == 1 else micro
+        sent.update(_summed(array, sizes, times * 4 * whole, _SUMMED_OVER))
     if array.name.startswith("head") or (workload.model.tied_head and "vocab" in array.names):
-        # Gathered once for all tiles and microbatches; its gradient is scattered tile by tile, and
-        # that of several tiles is in float32.
+        # Gathered once for all tiles and microbatches; its gradient is scattered tile by tile, and a
+        # sum of several tiles or microbatches is in float32.
         tiles = workload.loss_tiles(sizes)
         sent["fsdp"] += itemsize * over_fsdp * (1 + micro * tiles)
-        width = itemsize if tiles == 1 else 4
-        sent.update(_summed(array, sizes, micro * width * whole / f))
+        width = itemsize if tiles == 1 and (micro == 1 or not moved) else 4
+        sent.update(_summed(array, sizes, (1 if moved else micro) * width * whole / f))
     elif not array.is_table:
         # Gathered for the forward and for the backward pass, its gradient scattered; by a pipeline
         # gathered once, for all turns of both, and its gradient scattered in float32.

@@ -113,11 +113,13 @@ def _attention_flops(workload: Workload, platform: str) -> float:
     A forward pass is two products. Splash's backward is seven: three for the queries, four for keys
     and values, of which two each are the scores and their gradient again; FlashAttention's, as
     cuDNN's, is five (Dao 2023, arXiv:2307.08691, section 4.1). Rematerialisation runs the forward
-    once more. Blocks that the mask hides are left out.
+    once more, unless it keeps all that the backward asks for. Blocks that the mask hides are left
+    out.
     """
     config, length = workload.model, workload.length_tokens
     backward, block = (3.5, _SPLASH_BLOCK) if platform == "tpu" else (2.5, _FLASH_BLOCK)
-    runs = 1.0 + backward + (workload.compute.remat != "none")
+    again = ("full",) if platform == "tpu" else ("full", "dots", "dots_with_no_batch", "attention")
+    runs = 1.0 + backward + (workload.compute.remat in again)
     whole = cached_flops(config, length, causal_half=False).attention
     return runs * whole * _visited_share(config, length, block) * workload.tokens
 
