@@ -51,8 +51,8 @@ def _param_traffic(workload: Workload, sizes: Sizes, array: StateArray) -> dict[
         times = 1 if moved and sizes["fsdp"] == 1 else micro
         sent.update(_summed(array, sizes, times * 4 * whole, _SUMMED_OVER))
     if array.name.startswith("head") or (workload.model.tied_head and "vocab" in array.names):
-        # Gathered once for all tiles and microbatches; its gradient is scattered tile by tile. A sum
-        # of several tiles or microbatches is in float32.
+        # Gathered once for all tiles and microbatches; its gradient is scattered tile by tile. Sums
+        # of several tiles or microbatches are in float32.
         tiles = workload.loss_tiles(sizes)
         sent["fsdp"] += itemsize * over_fsdp * (1 + micro * tiles)
         width = itemsize if tiles == 1 and (micro == 1 or not moved) else 4
