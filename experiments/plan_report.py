@@ -134,7 +134,7 @@ def plan_text(report: Mapping[str, Any]) -> str:
     mesh = " × ".join(f"{axis} {size}" for axis, size in report["mesh"].items()) or "one device"
     verdict = "fits" if report["fits"] else "DOES NOT FIT"
     lines = [
-        f"{report['slice']}: {report['chips']} chips, {mesh}, {report['accumulate_steps']} "
+        f"{report['slice']}: {report['chips']} chip(s), {mesh}, {report['accumulate_steps']} "
         f"microbatch(es) a step, remat {report['remat']}",
         "",
         f"memory a chip, GB      {memory['total']:.2f} of {memory['limit']:.2f}: {verdict}",

@@ -87,8 +87,13 @@ def kept_bytes(workload: Workload, sizes: Sizes) -> float:
         for n in (1, 2)
     )
     sequences = workload.microbatch_tokens(sizes) / workload.length_tokens
-    cycles = config.num_layers / len(config.cycle_layers) / sizes["pipeline"]
-    return (two - one) * cycles * sequences * workload.turns(sizes)
+    layers = config.num_layers / sizes["pipeline"] * workload.turns(sizes)
+    kept = (two - one) / len(config.cycle_layers) * sequences
+    if workload.compute.remat not in ("none", "full"):
+        # What the attention kernel gives is kept as it lies in a TPU, a head's numbers over lanes.
+        padding = config.num_heads / g * (-config.head_dim % _LANES)
+        kept += workload.microbatch_tokens(sizes) * padding * workload.itemsize
+    return kept * layers
 
 
 def _loss_bytes(workload: Workload, sizes: Sizes) -> float:

@@ -4,6 +4,7 @@ libtpu compiles for a TPU topology on any machine: `topology_devices("v5p:8x8x8"
 """
 
 import functools
+import math
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -33,13 +34,21 @@ def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     try:
         return topologies.get_topology_desc(
-            platform="tpu", topology_name=name, num_slices=num_slices
+            platform="tpu", topology_name=name, num_slices=num_slices, **_host(name)
         ).devices
     except Exception as error:  # of what type depends on what is missing
         raise ValueError(
             f"no devices for {name!r}: {error}; topologies are named v5e:4x4, v5p:4x4x4, v6e:8x8, "
             "and libtpu must be installed (extra [tpu])"
         ) from error
+
+
+def _host(topology: str) -> dict[str, Sequence[int]]:
+    """Return how the chips of a host lie where a slice is smaller than the usual host of 2x2."""
+    shape = [int(n) for n in topology.partition(":")[2].split("x") if n.isdigit()]
+    if 0 < math.prod(shape) < 4:
+        return {"chips_per_host_bounds": (*shape, 1)[:3]}
+    return {}
 
 
 def abstract_state(
