@@ -75,6 +75,9 @@ def _kind(step: Step) -> str | None:
     """Return the kind of collective that a step starts; None where it starts none."""
     instruction = step.instruction
     kind = instruction.opcode.removesuffix("-start")
+    if kind == "send":  # between TPU slices, through their hosts
+        between = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+        kind = between and between.lower().replace("_", "-")
     if kind not in KINDS:
         return None
     # The TPU runs a collective through a chain of fusions, each of which names it once more.
@@ -93,7 +96,9 @@ def _kind(step: Step) -> str | None:
 
 def _read(kind: str, step: Step, mesh: Mesh) -> Collective:
     instruction = step.instruction
-    if kind == "collective-permute":
+    if instruction.opcode == "send":
+        axes, group = _between_slices(mesh)
+    elif kind == "collective-permute":
         pairs = _pairs(instruction)
         axes = _varying(mesh, pairs[pairs[:, 0] != pairs[:, 1]])
         group = 2
@@ -116,6 +121,8 @@ def _read(kind: str, step: Step, mesh: Mesh) -> Collective:
 def _given(kind: str, instruction: Instruction, computation: Computation) -> Sequence[Shape]:
     """Return the shapes of what a device puts into a collective."""
     operands = [computation.instructions[name].shapes for name in instruction.operands]
+    if instruction.opcode == "send":  # the other is a token
+        return operands[0]
     if kind == "ragged-all-to-all":  # its other operands are the output and the offsets
         return operands[0]
     if kind == "collective-permute":
@@ -190,6 +197,13 @@ def _ints(text: str) -> tuple[int, ...]:
 def _pairs(instruction: Instruction) -> np.ndarray:
     text = instruction.attribute(r"source_target_pairs=\{(\{.*?\})\}") or ""
     return np.asarray([_ints(pair) for pair in re.findall(r"\{([\d,]+)\}", text)]).reshape(-1, 2)
+
+
+def _between_slices(mesh: Mesh) -> tuple[tuple[str, ...], int]:
+    """Return the mesh axes that go from slice to slice, and how many slices there are."""
+    of_slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    axes = tuple(axis for i, axis in enumerate(mesh.axis_names) if np.diff(of_slices, axis=i).any())
+    return axes, len(np.unique(of_slices))
 
 
 def _varying(mesh: Mesh, groups: np.ndarray) -> tuple[str, ...]:
