@@ -1,12 +1,14 @@
 """The device mesh and multi-host start-up. Ground floor: every array's placement starts here."""
 
+import contextlib
 import logging
 import os
 import re
+import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +17,14 @@ from jax._src import distributed  # what it has found out has no public name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from llm.parallel.aborts import last_word, leave_now
+from llm.parallel.aborts import LOST_PEER_EXIT_CODE, last_word, leave_now
+from llm.parallel.agreement import check_agreement
 from llm.parallel.config import MESH_AXES, MeshConfig
 
 _USER_ERROR = 2  # the exit code of a mistake that a person can mend
 _TOLD_SECONDS = 20.0  # who waits longer for the others says so
+
+_together = contextlib.ExitStack()  # what a process that others belong to does at its end
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +112,7 @@ def start_distributed(process: str | None = None, *, timeout_seconds: int = 300)
         _check_port_is_free(coordinator)
     began = time.monotonic()
 
-    def leave():
+    def missed():
         leave_now(
             f"error: {_who()} could not join the others in {time.monotonic() - began:.0f} s: each "
             "must be started, once, with its own INDEX and the same COUNT, and reach process 0",
@@ -118,7 +123,7 @@ def start_distributed(process: str | None = None, *, timeout_seconds: int = 300)
     told.daemon = True
     told.start()
     try:
-        with last_word(leave):
+        with last_word(missed), _ended_by_ctrl_c():
             jax.distributed.initialize(
                 coordinator, count, index, initialization_timeout=timeout_seconds
             )
@@ -127,28 +132,38 @@ def start_distributed(process: str | None = None, *, timeout_seconds: int = 300)
         if coordinator is not None or "coordinator_address" not in str(error):
             raise
     else:
-        _check_count(timeout_seconds)
+        _together.enter_context(last_word(_lost))
+        # JAX goes by what process 0 was told
+        check_agreement("count", {"COUNT": distributed.global_state.num_processes})
     finally:
         told.cancel()
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Within the block Ctrl-C ends the process: Python would hear of it when C++ returns."""
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler  # and so in the main thread, where it can be set
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+
+
+def _lost() -> None:
+    leave_now(
+        f"{_who()} leaves (exit code {LOST_PEER_EXIT_CODE}): another of them is gone, or was "
+        "started a second time; JAX's error above says which",
+        LOST_PEER_EXIT_CODE,
+    )
 
 
 def _who() -> str:
     run = distributed.global_state
     return f"process {run.process_id} of {run.num_processes} at {run.coordinator_address}"
-
-
-def _check_count(timeout_seconds: int) -> None:
-    """Have all been told the same number of processes? JAX goes by what process 0 was told."""
-    run = distributed.global_state
-    run.client.key_value_set(f"count/{run.process_id}", str(run.num_processes))
-    run.client.wait_at_barrier("count", 1000 * timeout_seconds)
-    counts = [int(count) for _, count in run.client.key_value_dir_get("count/")]
-    if len(set(counts)) > 1:
-        time.sleep(0 if run.process_id else 2)  # process 0 keeps the store that the others read
-        raise ValueError(
-            f"the {len(counts)} processes of a run were told different COUNTs, "
-            f"{min(counts)} and {max(counts)}; give all the same"
-        )
 
 
 def _check_port_is_free(address: str) -> None:

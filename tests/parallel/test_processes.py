@@ -121,7 +121,7 @@ def test_a_port_in_use_is_named():
     )
 
 
-def test_different_counts_are_told_by_all():
+def test_a_difference_is_named_by_all():
     port = free_port()
     for child in [start(f"{process}@localhost:{port}") for process in ("0/2", "1/3")]:
-        assert "were told different COUNTs, 2 and 3" in finish(child)[-1]
+        assert "process 1 and process 0 of one run differ in COUNT (3, 2)" in finish(child)[-1]
