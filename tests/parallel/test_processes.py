@@ -8,6 +8,7 @@ import sys
 import pytest
 from jax._src import distributed
 
+from llm.parallel.aborts import LOST_PEER_EXIT_CODE
 from llm.parallel.mesh import start_distributed
 
 
@@ -83,11 +84,12 @@ START = """
 import llm.parallel.mesh as mesh
 mesh._TOLD_SECONDS = 0.1
 mesh.start_distributed({process!r}, timeout_seconds={timeout})
+{then}
 """
 
 
-def start(process, timeout=60):
-    code = START.format(process=process, timeout=timeout)
+def start(process, timeout=60, then=""):
+    code = START.format(process=process, timeout=timeout, then=then)
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
 
 
@@ -125,3 +127,22 @@ def test_a_difference_is_named_by_all():
     port = free_port()
     for child in [start(f"{process}@localhost:{port}") for process in ("0/2", "1/3")]:
         assert "process 1 and process 0 of one run differ in COUNT (3, 2)" in finish(child)[-1]
+
+
+JOINED = "import sys, time; print('joined', file=sys.stderr, flush=True); time.sleep(120)"
+
+
+def test_a_process_that_joins_a_second_time_ends_the_others_with_a_word():
+    """JAX aborts them, while they read their data perhaps."""
+    port = free_port()
+    both = [start(f"{index}/2@localhost:{port}", then=JOINED) for index in (0, 1)]
+    for child in both:
+        while child.stderr.readline() not in ("joined\n", ""):
+            pass
+    again = start(f"1/2@localhost:{port}")
+    for index, child in enumerate(both):
+        last = finish(child)[-1]
+        assert child.returncode == LOST_PEER_EXIT_CODE, last
+        assert last.startswith(f"process {index} of 2 at localhost:{port} leaves (exit code 76)")
+    again.kill()
+    again.communicate()
