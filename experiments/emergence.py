@@ -54,7 +54,7 @@ def studies(
 
 
 def main(config: EmergenceConfig) -> None:
-    start_processes(only_one=True)
+    start_processes(config, only_one=True)
     workdir = epath.Path(WORKDIR.value)
     stages = open_job(workdir, config, allow_change=config.run.allow_config_change)
 

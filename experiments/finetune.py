@@ -138,7 +138,7 @@ def finetune(config: FinetuneConfig, workdir: str) -> None:
 
 
 def main(config: FinetuneConfig) -> None:
-    start_processes()
+    start_processes(config)
     finetune(entry.profiled(config, PROFILE.value), WORKDIR.value)
 
 

@@ -160,7 +160,7 @@ def write_evaluation(run: Run, totals: dict[str, float]) -> None:
 
 
 def main(config: DirectPreferenceConfig) -> None:
-    start_processes()
+    start_processes(config)
     train_on_preferences(entry.profiled(config, PROFILE.value), WORKDIR.value)
 
 

@@ -92,7 +92,7 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
 
 
 def main(config: PretrainConfig) -> None:
-    start_processes()
+    start_processes(config)
     pretrain(entry.profiled(config, PROFILE.value), WORKDIR.value)
 
 

@@ -226,7 +226,7 @@ def finish(
 
 
 def main(config: RewardModelConfig) -> None:
-    start_processes()
+    start_processes(config)
     train_reward(entry.profiled(config, PROFILE.value), WORKDIR.value)
 
 

@@ -257,7 +257,7 @@ def write_samples(run: Run, collected: Collected, mesh: Mesh, num_samples: int) 
 
 
 def main(config: RlhfConfig) -> None:
-    start_processes()
+    start_processes(config)
     rlhf(entry.profiled(config, PROFILE.value), WORKDIR.value)
 
 

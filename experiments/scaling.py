@@ -38,7 +38,7 @@ _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "List the runs and stop.")
 
 
 def main(config: ScalingConfig) -> None:
-    start_processes(only_one=True)
+    start_processes(config, only_one=True)
     workdir = epath.Path(WORKDIR.value)
     stages = open_job(workdir, config, allow_change=config.run.allow_config_change)
 

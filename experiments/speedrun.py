@@ -42,7 +42,7 @@ from llm.parallel.mesh import make_mesh
 
 
 def main(config: SpeedrunConfig) -> None:
-    start_processes(only_one=True)  # once, for all stages
+    start_processes(config, only_one=True)  # once, for all stages
     workdir = epath.Path(WORKDIR.value)
     stages = open_job(workdir, config, allow_change=config.pretrain.run.allow_config_change)
     recipe = entry.profiled(config.pretrain, PROFILE.value)

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Protocol
 
 from etils import epath
 
+from llm.parallel.aborts import LOST_PEER_EXIT_CODE
 from llm.training.files import append_json_line, is_local, read_json_lines
 from llm.training.manifests import CHECKPOINTS, CorruptStepError, list_steps, read_manifest
 from llm.training.metrics import METRICS
-from llm.training.peers import LOST_PEER_EXIT_CODE
 from llm.training.preemption import EXIT_CODE
 
 STARTS = "starts.jsonl"  # in a job's folder: one line for each start that has ended

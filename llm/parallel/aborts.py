@@ -8,6 +8,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
+# EX_PROTOCOL of sysexits.h: another process of the run failed. Run the same command again, with as
+# many processes or with others, and it goes on from the last checkpoint.
+LOST_PEER_EXIT_CODE = 76
+
 
 @contextlib.contextmanager
 def last_word(leave: Callable[[], None]) -> Iterator[None]:

@@ -1,19 +1,32 @@
 """The device mesh and multi-host start-up. Ground floor: every array's placement starts here."""
 
+import contextlib
+import logging
+import os
 import re
+import signal
 import socket
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax._src import distributed  # what it has found out has no public name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from llm.parallel.aborts import last_word, leave_now
+from llm.parallel.aborts import LOST_PEER_EXIT_CODE, last_word, leave_now
+from llm.parallel.agreement import check_agreement
 from llm.parallel.config import MESH_AXES, MeshConfig
 
 _USER_ERROR = 2  # the exit code of a mistake that a person can mend
+_TOLD_SECONDS = 20.0  # who waits longer for the others says so
+
+_together = contextlib.ExitStack()  # what a process that others belong to does at its end
+
+log = logging.getLogger(__name__)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -69,12 +82,14 @@ def parse_process(text: str) -> Process:
     Raises:
       ValueError: it names none.
     """
-    match = re.fullmatch(r"(\d+)/(\d+)@(.+:\d+)", text)
+    match = re.fullmatch(r"(\d+)/(\d+)@([^\s/@]+:(\d+))", text)
     if match is None:
         raise ValueError(f"process={text}: must be INDEX/COUNT@HOST:PORT of process 0, or {ALONE}")
     process = Process(int(match[1]), int(match[2]), match[3])
     if process.index >= process.count:
-        raise ValueError(f"process={text}: INDEX must be one of 0 to {process.count - 1}")
+        raise ValueError(f"process={text}: INDEX counts from 0 and must be less than COUNT")
+    if not 0 < int(match[4]) < 2**16:
+        raise ValueError(f"process={text}: PORT must be one of 1 to 65535")
     return process
 
 
@@ -83,24 +98,32 @@ def start_distributed(process: str | None = None, *, timeout_seconds: int = 300)
 
     `jax.distributed` finds them in the environment (Cloud TPU, GKE, SLURM, Open MPI, Kubernetes);
     a `process` as `parse_process` reads it overrides that. To be called before JAX's first
-    computation. Where they do not come together in time, JAX aborts the process, which says why and
+    computation. Where they do not come together in time, JAX aborts the process, which says so and
     exits with code 2.
 
     Raises:
-      ValueError: the process cannot be read, or its port cannot be listened at.
+      ValueError: the process cannot be read, its port cannot be listened at, or others were told
+        another count.
     """
     if jax.distributed.is_initialized() or process == ALONE:
         return
     index, count, coordinator = (None,) * 3 if process is None else parse_process(process)
     if index == 0:
         _check_port_is_free(coordinator)
-    given = f"{count} processes at {coordinator}" if count else "the run"
-    missed = (
-        f"error: {given} did not come together within {timeout_seconds} s (this one is "
-        f"{index}): each must be started, once, with its own index, and reach process 0"
-    )
+    began = time.monotonic()
+
+    def missed():
+        leave_now(
+            f"error: {_who()} could not join the others in {time.monotonic() - began:.0f} s: each "
+            "must be started, once, with its own INDEX and the same COUNT, and reach process 0",
+            _USER_ERROR,
+        )
+
+    told = threading.Timer(_TOLD_SECONDS, lambda: log.warning("%s waits for the others", _who()))
+    told.daemon = True
+    told.start()
     try:
-        with last_word(lambda: leave_now(missed, _USER_ERROR)):
+        with last_word(missed), _ended_by_ctrl_c():
             jax.distributed.initialize(
                 coordinator, count, index, initialization_timeout=timeout_seconds
             )
@@ -108,6 +131,39 @@ def start_distributed(process: str | None = None, *, timeout_seconds: int = 300)
         # what it says when nothing in the environment names other hosts
         if coordinator is not None or "coordinator_address" not in str(error):
             raise
+    else:
+        _together.enter_context(last_word(_lost))
+        # JAX goes by what process 0 was told
+        check_agreement("count", {"COUNT": distributed.global_state.num_processes})
+    finally:
+        told.cancel()
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Within the block Ctrl-C ends the process: Python would hear of it when C++ returns."""
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler  # and so in the main thread, where it can be set
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+
+
+def _lost() -> None:
+    leave_now(
+        f"{_who()} leaves (exit code {LOST_PEER_EXIT_CODE}): another of them is gone, or was "
+        "started a second time; JAX's error above says which",
+        LOST_PEER_EXIT_CODE,
+    )
+
+
+def _who() -> str:
+    run = distributed.global_state
+    return f"process {run.process_id} of {run.num_processes} at {run.coordinator_address}"
 
 
 def _check_port_is_free(address: str) -> None:
@@ -117,5 +173,8 @@ def _check_port_is_free(address: str) -> None:
     port = int(address.rpartition(":")[2])
     try:
         socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"process 0 cannot listen at {address}: {error}") from error
+    except OSError as error:
+        reason = os.strerror(error.errno)  # without the address that it adds, which is not this one
+        raise ValueError(
+            f"process 0 cannot listen at {address}: {reason}; choose another PORT"
+        ) from error

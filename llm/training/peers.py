@@ -15,12 +15,8 @@ from types import FrameType
 import jax
 from jax._src import distributed  # its key-value store has no public name; Orbax does the same
 
-from llm.parallel.aborts import last_word, leave_now
+from llm.parallel.aborts import LOST_PEER_EXIT_CODE, last_word, leave_now
 from llm.training.signs import Heard, Sign, describe, find_dead, find_hanging, hear
-
-# EX_PROTOCOL of sysexits.h: another process of the run failed. Run the same command again, with as
-# many processes or with others, and it goes on from the last checkpoint.
-LOST_PEER_EXIT_CODE = 76
 
 _BEAT_SECONDS = 1.0
 _SILENT_SECONDS = 30.0  # a heartbeat is a thread of Python's, which a busy machine holds up

@@ -86,7 +86,7 @@ class ConfigChangedError(ValueError):
 
 def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return {dotted key: (old value, new value)} of what differs; None stands for absent."""
-    before, after = _flatten(_as_json(old)), _flatten(_as_json(new))
+    before, after = flatten(_as_json(old)), flatten(_as_json(new))
     return {
         key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
@@ -165,11 +165,12 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"the config must consist of JSON values: {error}") from error
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of nested dicts."""
     if isinstance(value, dict) and (value or not prefix):
         flat = {}
         for key, item in value.items():
-            flat |= _flatten(item, f"{prefix}.{key}" if prefix else key)
+            flat |= flatten(item, f"{prefix}.{key}" if prefix else key)
         return flat
     return {prefix: value}
 

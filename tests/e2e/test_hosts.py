@@ -11,7 +11,7 @@ import pytest
 
 from llm.training.loading import load_params, verify
 from llm.training.metrics import read_metrics
-from tests.faults.harness import finish, make_life, start_together
+from tests.faults.harness import finish, make_life, process_flags, start, start_together
 
 TOTAL_STEPS = 6
 MODEL = (
@@ -79,3 +79,15 @@ def test_processes_train_what_one_trains(folder, tmp_path, num_processes, mesh, 
     for path in (("embedder", "embedding"), ("head", "kernel")):
         one, other = (tree[path[0]][path[1]] for tree in (ours, alone))
         np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(other).max())
+
+
+def test_another_config_is_named_by_all_and_nothing_is_trained(folder, tmp_path):
+    """Half of the parameters would come from one seed, half from the other."""
+    workdir, seeds = tmp_path / "run", ("--config.seed=1", "--config.seed=2")
+    both = [
+        start("pretrain", folder, workdir, *FLAGS, *own)
+        for own in zip(process_flags(2), seeds, strict=True)
+    ]
+    for process in both:
+        assert "differ in config.seed (2, 1)" in finish(process, expect=2)
+    assert not workdir.exists()

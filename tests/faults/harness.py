@@ -53,14 +53,19 @@ def start_together(
     patches: Sequence[str | None] = (None, None),
 ) -> list[subprocess.Popen]:
     """Start as many processes of one run as there are patches, each with its own."""
+    processes = process_flags(len(patches))
+    return [
+        start(stage, folder, workdir, *flags, process, patch=patch)
+        for process, patch in zip(processes, patches, strict=True)
+    ]
+
+
+def process_flags(count: int) -> list[str]:
+    """Return the flag of each of so many processes of one run on this machine."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    process = f"--process={{}}/{len(patches)}@localhost:{port}"
-    return [
-        start(stage, folder, workdir, *flags, process.format(index), patch=patch)
-        for index, patch in enumerate(patches)
-    ]
+    return [f"--process={index}/{count}@localhost:{port}" for index in range(count)]
 
 
 def finish(child: subprocess.Popen, expect: int = 0) -> str:

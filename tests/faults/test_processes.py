@@ -16,10 +16,10 @@ import time
 import numpy as np
 import pytest
 
+from llm.parallel.aborts import LOST_PEER_EXIT_CODE
 from llm.training.loading import load_params, verify
 from llm.training.manifests import LEDGER, CorruptStepError, list_steps, read_ledger
 from llm.training.metrics import METRICS, read_metrics
-from llm.training.peers import LOST_PEER_EXIT_CODE
 from tests.faults import shared_store
 from tests.faults.harness import finish, make_life, start, start_together
 

@@ -1,12 +1,14 @@
 """What a person gets wrong when starting several processes by hand is one line at once."""
 
-import os
+import re
+import socket
 import subprocess
 import sys
 
 import pytest
 from jax._src import distributed
 
+from llm.parallel.aborts import LOST_PEER_EXIT_CODE
 from llm.parallel.mesh import start_distributed
 
 
@@ -16,7 +18,11 @@ from llm.parallel.mesh import start_distributed
         ("0/2", "must be INDEX/COUNT@HOST:PORT"),
         ("0/2@localhost", "must be INDEX/COUNT@HOST:PORT"),
         ("localhost:1234", "must be INDEX/COUNT@HOST:PORT"),
-        ("2/2@localhost:1234", "INDEX must be one of 0 to 1"),
+        ("0/2@http://localhost:1234", "must be INDEX/COUNT@HOST:PORT"),
+        ("2/2@localhost:1234", "INDEX counts from 0 and must be less than COUNT"),
+        ("0/0@localhost:1234", "INDEX counts from 0 and must be less than COUNT"),
+        ("1/2@localhost:0", "PORT must be one of 1 to 65535"),
+        ("1/2@localhost:65536", "PORT must be one of 1 to 65535"),
     ],
 )
 def test_what_is_given_must_be_a_process(text, said):
@@ -74,37 +80,69 @@ def test_the_environment_is_asked_and_the_flag_overrides_it(
     assert joined == []
 
 
-ALONE = """
-from llm.parallel.mesh import start_distributed
-start_distributed("{index}/2@localhost:{port}", timeout_seconds=1)
+START = """
+import llm.parallel.mesh as mesh
+mesh._TOLD_SECONDS = 0.1
+mesh.start_distributed({process!r}, timeout_seconds={timeout})
+{then}
 """
 
 
-def start_alone(port, index):
-    code = ALONE.format(port=port, index=index)
-    return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, timeout=120
-    )
+def start(process, timeout=60, then=""):
+    code = START.format(process=process, timeout=timeout, then=then)
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+
+
+def finish(child):
+    return child.communicate(timeout=120)[1].strip().splitlines()
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def test_others_that_do_not_come_are_told_in_the_last_line():
-    from socket import socket
-
-    with socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    done = start_alone(port, 1)
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2
-    assert last.startswith(f"error: 2 processes at localhost:{port} did not come together within 1")
+    child = start(f"1/2@localhost:{free_port()}", timeout=1)
+    said = finish(child)
+    assert child.returncode == 2
+    assert any(line.endswith("waits for the others") for line in said)
+    assert re.match(r"error: process 1 of 2 at localhost:\d+ could not join the others", said[-1])
 
 
 def test_a_port_in_use_is_named():
-    from socket import AF_INET6, socket
-
-    with socket(AF_INET6) as taken:
+    with socket.socket(socket.AF_INET6) as taken:
         taken.bind(("::", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = start_alone(port, 0)
-    assert f"ValueError: process 0 cannot listen at localhost:{port}" in done.stderr
+        said = finish(start(f"0/2@localhost:{port}"))[-1]
+    assert said == (
+        f"ValueError: process 0 cannot listen at localhost:{port}: Address already in use; "
+        "choose another PORT"
+    )
+
+
+def test_a_difference_is_named_by_all():
+    port = free_port()
+    for child in [start(f"{process}@localhost:{port}") for process in ("0/2", "1/3")]:
+        assert "process 1 and process 0 of one run differ in COUNT (3, 2)" in finish(child)[-1]
+
+
+JOINED = "import sys, time; print('joined', file=sys.stderr, flush=True); time.sleep(120)"
+
+
+def test_a_process_that_joins_a_second_time_ends_the_others_with_a_word():
+    """JAX aborts them, while they read their data perhaps."""
+    port = free_port()
+    both = [start(f"{index}/2@localhost:{port}", then=JOINED) for index in (0, 1)]
+    for child in both:
+        while child.stderr.readline() not in ("joined\n", ""):
+            pass
+    again = start(f"1/2@localhost:{port}")
+    for index, child in enumerate(both):
+        last = finish(child)[-1]
+        assert child.returncode == LOST_PEER_EXIT_CODE, last
+        assert last.startswith(f"process {index} of 2 at localhost:{port} leaves (exit code 76)")
+    again.kill()
+    again.communicate()
