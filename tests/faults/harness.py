@@ -52,10 +52,11 @@ def start_together(
     *flags: str,
     patches: Sequence[str | None] = (None, None),
 ) -> list[subprocess.Popen]:
-    """Start as many processes of one run as there are patches, each with its own."""
+    """Start as many processes of one run as there are patches, each with its own; all in the same
+    way, since processes compare the code that they were started with."""
     processes = process_flags(len(patches))
     return [
-        start(stage, folder, workdir, *flags, process, patch=patch)
+        start(stage, folder, workdir, *flags, process, patch=patch or "pass")
         for process, patch in zip(processes, patches, strict=True)
     ]
 
