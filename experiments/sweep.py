@@ -4,7 +4,8 @@
 
 A sweep is a recipe (configs/sweep_tiny.py): fields and values, and where its members run: on this
 machine, as a SLURM array, or on a cloud by SkyPilot. Called again it goes on with members that are
-not finished; --report_only reads what there is.
+not finished, --retry_failed with those that failed elsewhere for all their retries, too;
+--report_only reads what there is.
 """
 
 import os
@@ -32,6 +33,9 @@ from llm.parallel.mesh import ALONE
 from llm.training.files import absolute, is_local
 
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "List the members with their cost, and stop.")
+_RETRY_FAILED = flags.DEFINE_boolean(
+    "retry_failed", False, "Start members again that have used up their retries (slurm, skypilot)."
+)
 _REPORT_ONLY = flags.DEFINE_boolean("report_only", False, "Start nothing; report what there is.")
 
 _HOUSE = pathlib.Path(__file__).resolve().parent.parent
@@ -45,7 +49,8 @@ def main(sweep: SweepConfig) -> None:
     executor = make_executor(sweep, workdir)
     if _DRY_RUN.value:
         print(listing(sweep, members))
-        print(executor.describe([job_of(sweep, member, workdir) for member in members]))
+        first, *_ = *rungs_of(sweep, members), 0
+        print(executor.describe([job_of(sweep, member, workdir, first) for member in members]))
         return
     over = _REPORT_ONLY.value
     if not over:
@@ -76,13 +81,18 @@ def run_members(
     alive = list(members)
     if sweep.halving is None:
         forget_rungs(workdir)
-    lengths = [member.total_steps for member in members]
-    for step in rungs(sweep.halving, None if None in lengths else max(lengths)):
+    for step in rungs_of(sweep, members):
         if not executor.run([job_of(sweep, member, workdir, step) for member in alive]):
             return False
         alive = decide(workdir, sweep, alive, step)
         print(f"step {step}: {len(alive)} go on: {'; '.join(member.name for member in alive)}")
     return executor.run([job_of(sweep, member, workdir) for member in alive])
+
+
+def rungs_of(sweep: SweepConfig, members: Sequence[SweepMember]) -> Sequence[int]:
+    """Return the steps at which hopeless members end."""
+    lengths = [member.total_steps for member in members]
+    return rungs(sweep.halving, None if None in lengths else max(lengths))
 
 
 def make_executor(sweep: SweepConfig, workdir: epath.Path) -> Executor:
@@ -100,14 +110,15 @@ def make_executor(sweep: SweepConfig, workdir: epath.Path) -> Executor:
             )
         recipe = pathlib.Path(sweep.recipe.partition(":")[0])
         carried = {} if _in_checkout(recipe) else {f"{_CARRIED}/{recipe.name}": str(recipe)}
-        return SkyPilotExecutor(sweep.skypilot, _HOUSE, carried)
+        again = _RETRY_FAILED.value
+        return SkyPilotExecutor(sweep.skypilot, _HOUSE, carried, retry_failed=again)
     if not shared:
         raise ValueError(
             f"workdir={workdir}: executor={sweep.executor} keeps its logs beside the members; give "
             "a directory"
         )
     if sweep.executor == "slurm":
-        return SlurmExecutor(sweep.slurm, workdir)
+        return SlurmExecutor(sweep.slurm, workdir, retry_failed=_RETRY_FAILED.value)
     return LocalExecutor(sweep.local)
 
 

@@ -3,6 +3,7 @@
 What an executor needs to know of a member of a sweep, and all that it has to leave behind.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -32,6 +33,10 @@ class Job(NamedTuple):
     command: tuple[str, ...]
     folder: epath.Path  # its workdir
     stop_at_step: int = 0  # how far it is to run; 0: to its end
+
+
+class LaunchError(RuntimeError):
+    """Where jobs were to run, they were refused."""
 
 
 class Executor(Protocol):
@@ -102,13 +107,12 @@ def tail(folder: epath.Path) -> str:
 
 
 def last_metrics(folder: epath.Path) -> dict[str, Any]:
-    """Return the last whole line of a job's metrics; {} where there is none yet."""
-    for line in reversed(_last_bytes(folder / METRICS).split(b"\n")):
-        try:
-            return json.loads(line)
-        except ValueError:  # torn at either end
-            continue
-    return {}
+    """Return the newest value of each of a job's metrics; {} where there is none yet."""
+    newest: dict[str, Any] = {}
+    for line in _last_bytes(folder / METRICS).split(b"\n"):
+        with contextlib.suppress(ValueError):  # torn at either end
+            newest |= json.loads(line)
+    return newest
 
 
 def _last_bytes(path: epath.Path) -> bytes:

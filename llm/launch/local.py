@@ -47,10 +47,14 @@ class _Running(NamedTuple):
 
 
 class LocalExecutor:
-    """See LocalConfig. `stream` is where the table goes, standard error by default."""
+    """See LocalConfig. `stream` is where the table goes, standard error by default.
+
+    Raises:
+      ValueError: there are fewer cores than jobs at a time.
+    """
 
     def __init__(self, config: LocalConfig, *, stream=None):
-        self._config, self._stream = config, stream
+        self._config, self._stream, self._slots = config, stream, make_slots(config)
 
     def describe(self, jobs: Sequence[Job]) -> str:
         """Return how many jobs run at a time, and the command of the first."""
@@ -63,7 +67,7 @@ class LocalExecutor:
           SystemExit: told to leave; 75 where every job has saved, 130 where some were killed.
         """
         waiting = collections.deque((job, 1) for job in jobs if not is_done(job))
-        free, running, told = make_slots(self._config), [], 0
+        free, running, told = list(self._slots), [], 0
         with (
             _watch_signals() as asked,
             LiveTable([job for job, _ in waiting], self._stream) as table,
