@@ -46,7 +46,7 @@ def main(sweep: SweepConfig) -> None:
     jax.config.update("jax_platforms", "cpu")  # the accelerators are the members'
     members = resolve(sweep)
     workdir = absolute(WORKDIR.value)
-    executor = make_executor(sweep, workdir)
+    executor = make_executor(sweep, members, workdir)
     if _DRY_RUN.value:
         print(listing(sweep, members))
         first, *_ = *rungs_of(sweep, members), 0
@@ -95,7 +95,9 @@ def rungs_of(sweep: SweepConfig, members: Sequence[SweepMember]) -> Sequence[int
     return rungs(sweep.halving, None if None in lengths else max(lengths))
 
 
-def make_executor(sweep: SweepConfig, workdir: epath.Path) -> Executor:
+def make_executor(
+    sweep: SweepConfig, members: Sequence[SweepMember], workdir: epath.Path
+) -> Executor:
     """Return where the sweep's members run.
 
     Raises:
@@ -108,8 +110,8 @@ def make_executor(sweep: SweepConfig, workdir: epath.Path) -> Executor:
                 f"workdir={workdir}: members of executor=skypilot run on other machines; give a "
                 "bucket, gs://… or s3://…"
             )
-        recipe = pathlib.Path(sweep.recipe.partition(":")[0])
-        carried = {} if _in_checkout(recipe) else {f"{_CARRIED}/{recipe.name}": str(recipe)}
+        recipes = {pathlib.Path(member.recipe.partition(":")[0]) for member in members}
+        carried = {f"{_CARRIED}/{r.name}": str(r) for r in recipes if not _in_checkout(r)}
         again = _RETRY_FAILED.value
         return SkyPilotExecutor(sweep.skypilot, _HOUSE, carried, retry_failed=again)
     if not shared:
@@ -126,7 +128,7 @@ def job_of(
     sweep: SweepConfig, member: SweepMember, workdir: epath.Path, stop_at_step: int = 0
 ) -> Job:
     """Return the command that runs a member, up to a step where one is given."""
-    file, _, argument = sweep.recipe.partition(":")
+    file, _, argument = member.recipe.partition(":")
     python, alone = sys.executable, ()
     if sweep.executor == "skypilot":
         python = "python"

@@ -39,7 +39,7 @@ class SkyPilotExecutor:
     """See SkyPilotConfig.
 
     `source` is the checkout that is copied to the slice, `files` further local files by where they
-    are to lie there. With `retry_failed` tasks that have failed, for all their retries, are launched
+    are to lie there. With `retry_failed` tasks that failed, for all their retries, are launched
     once more.
     """
 

@@ -28,7 +28,22 @@ def test_published_slices(name, accelerators):
     assert find_slice(name).accelerators == accelerators
 
 
-@pytest.mark.parametrize("name", ["v5e-12", "v5e-512", "v5e-2", "v5p-4", "v5p-96", "v5p-12416", "v9-8", "v5p", "H100:16", "H100", "v5e-x"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "v5e-12",
+        "v5e-512",
+        "v5e-2",
+        "v5p-4",
+        "v5p-96",
+        "v5p-12416",
+        "v9-8",
+        "v5p",
+        "H100:16",
+        "H100",
+        "v5e-x",
+    ],
+)
 def test_other_names_are_one_line(name):
     with pytest.raises(ValueError, match=f"slice {name}: "):
         find_slice(name)
