@@ -20,8 +20,5 @@ def get_config(arg=None):
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, 8
     config.compute.remat = "full"
     config.accumulate_steps = 4  # else the layers' inputs alone take 116 GB a chip
-    config.loss_tile_tokens = (
-        64 * 2048
-    )  # 2,048 a device: small tiles gather the head again and again
     config.schedule.warmup_tokens = 375_000_000
     return config

@@ -19,10 +19,7 @@ def get_config(arg=None):
     )
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.compute.remat = "dots_with_no_batch"
-    # On 64 chips: a sequence each at a time, and tiles of the loss that gather the head 4 times a
-    # microbatch (experiments.plan shows memory and network).
-    config.accumulate_steps = 8
-    config.loss_tile_tokens = 64 * 2048
+    config.accumulate_steps = 8  # on 64 chips: a sequence each at a time
     config.data.tokenizer.kind, config.data.tokenizer.path = "file", "tokenizers/llama3"
     config.schedule.warmup_steps = 2000
     return config

@@ -3,9 +3,10 @@
     python -m experiments.pretrain --config=configs/qwen3_30b_a3b.py --workdir=gs://BUCKET/qwen3 \
         --config.data.tokenizer.path=DIR_OF_QWEN3_TOKENIZER
 
-Source of the shape: Yang et al. 2025, arXiv:2505.09388, table 2; the balance is asked of the whole
-global batch there too. Rate and batch are not published: these are DeepSeekMoE's for 16B (Dai et
-al. 2024, arXiv:2401.06066, section 5.1); the balance's weight is the released config.json's.
+Source of the shape: Yang et al. 2025, arXiv:2505.09388, table 2, and the released config.json; the
+balance is asked of the whole global batch there too. Rate and batch are not published: these are
+DeepSeekMoE's for 16B (Dai et al. 2024, arXiv:2401.06066, section 5.1.2); the balance's weight is
+config.json's.
 """
 
 from configs.published import published

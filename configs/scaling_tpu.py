@@ -32,5 +32,4 @@ def get_config(arg=None):
     config.data.tokenizer.kind = "gpt2"
     config.data.tokenizer.vocab_size = 50257
     web_text(config, length_tokens=2048, batch_sequences=512)
-    config.loss_tile_tokens = 64 * 2048
     return config

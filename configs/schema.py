@@ -91,7 +91,7 @@ class TrainingConfig:
     # Of models with experts: Switch's weight of the balance, ST-MoE's of the routers' log² Z.
     router_balance_weight: float = 0.01
     router_z_weight: float = 0.001
-    loss_tile_tokens: int = 4096  # logits exist for so many tokens at a time
+    loss_tile_tokens: int = 4096  # whose logits a device holds at a time
     seed: int = 0
 
     def __post_init__(self):

@@ -12,6 +12,7 @@ from etils import epath
 from jaxtyping import Array, Float
 
 from configs.schema import PretrainConfig
+from experiments.pretraining import loss_of, schedule_of
 from llm.data.loader import Batch, Batches
 from llm.data.pipeline import data_digests, make_training_batches
 from llm.data.prepare import Prepared, prepare
@@ -21,11 +22,9 @@ from llm.data.tokenizers import Tokenizer
 from llm.evaluation.language_modeling import make_stacked_score_step, score_splits
 from llm.models.transformer import Transformer, init_params, logical_axes
 from llm.scaling.accounting import training_flops_per_token
-from llm.training.loss import make_causal_lm_loss
 from llm.training.members import Member, MemberRuns, members_mesh
 from llm.training.replay import replayed
 from llm.training.run import Run
-from llm.training.schedules import make_schedule
 from llm.training.state import TrainState, averaged_params
 
 
@@ -67,17 +66,9 @@ def member_runs(config: PretrainConfig, members: Sequence[Member]) -> MemberRuns
         members,
         functools.partial(init_params, model),
         logical_axes(model),
-        make_causal_lm_loss(
-            model,
-            z_loss=config.z_loss,
-            tile_tokens=config.loss_tile_tokens,
-            router_balance_weight=config.router_balance_weight,
-            router_z_weight=config.router_z_weight,
-        ),
+        loss_of(config, model),
         config.optimizer,
-        make_schedule(
-            config.schedule, total_steps=config.num_steps, tokens_per_step=config.tokens_per_step
-        ),
+        schedule_of(config),
         config.model.width_ratio,
         config.accumulate_steps,
     )

@@ -16,8 +16,6 @@ from llm.scaling.workload import batch_parts, mesh_sizes
 
 REMAT = get_args(get_type_hints(ComputeConfig)["remat"])
 _MOST_TENSOR, _MOST_CONTEXT = 16, 16
-# A tile of the loss gathers the head and sums its gradient: too small ones flood the network.
-_TILE_TOKENS = 1024  # a device
 
 
 class Candidate(NamedTuple):
@@ -30,7 +28,7 @@ class Candidate(NamedTuple):
 def search(config: PretrainConfig, where: Slice) -> list[Candidate]:
     """Return the configs that fit a slice by the analytic model, those of least time first.
 
-    Varied are the mesh, accumulate_steps, compute.remat and loss_tile_tokens; not what is learnt.
+    Varied are the mesh, accumulate_steps and compute.remat; not what is learnt.
 
     Raises:
       ValueError: none fits.
@@ -78,8 +76,6 @@ def changes(old: PretrainConfig, new: PretrainConfig) -> dict[str, Any]:
         found["accumulate_steps"] = new.accumulate_steps
     if new.compute.remat != old.compute.remat:
         found["compute.remat"] = new.compute.remat
-    if new.loss_tile_tokens != old.loss_tile_tokens:
-        found["loss_tile_tokens"] = new.loss_tile_tokens
     return found
 
 
@@ -108,14 +104,12 @@ def _variants(config: PretrainConfig, sizes: dict[str, int]) -> Iterator[Pretrai
     rows, left = divmod(config.data.batch_sequences, parts)
     if left:
         return
-    tiles = {config.loss_tile_tokens, _TILE_TOKENS * parts * sizes["context"]}
-    for micro, remat, tile in itertools.product(_divisors(rows, rows), REMAT, sorted(tiles)):
+    for micro, remat in itertools.product(_divisors(rows, rows), REMAT):
         yield dataclasses.replace(
             config,
             mesh=mesh,
             compute=dataclasses.replace(config.compute, remat=remat),
             accumulate_steps=micro,
-            loss_tile_tokens=tile,
         )
 
 

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from configs.schema import PretrainConfig
-from llm.models.transformer import Transformer, logical_axes
+from experiments.pretraining import assemble
 from llm.parallel.collectives import Collective, read_collectives
 from llm.parallel.mesh import make_mesh
 from llm.parallel.products import count_product_flops, kernel_calls
@@ -22,11 +22,6 @@ from llm.training.ahead import (
     chip_memory,
     topology_devices,
 )
-from llm.training.loss import make_causal_lm_loss
-from llm.training.optimizers import make_optimizer
-from llm.training.schedules import make_schedule
-from llm.training.state import state_shardings
-from llm.training.step import make_train_step
 
 
 def workload_of(config: PretrainConfig) -> Workload:
@@ -100,21 +95,7 @@ def lower_pretraining(
     config: PretrainConfig, devices: Sequence[jax.Device]
 ) -> tuple[jax.stages.Lowered, Mesh]:
     """Return the training step of `experiments.pretrain`, lowered for the devices."""
-    model, mesh = Transformer(config.model, config.compute), make_mesh(config.mesh, devices)
-    ema = config.optimizer.ema_decay is not None
-    optimizer = make_optimizer(
-        config.optimizer, logical_axes(model), width_ratio=config.model.width_ratio
-    )
-    step = make_train_step(
-        make_causal_lm_loss(model, z_loss=config.z_loss, tile_tokens=config.loss_tile_tokens),
-        optimizer,
-        config.optimizer,
-        make_schedule(
-            config.schedule, total_steps=config.num_steps, tokens_per_step=config.tokens_per_step
-        ),
-        state_shardings(model, optimizer, mesh, ema=ema),
-        mesh,
-        accumulate_steps=config.accumulate_steps,
-    )
+    mesh = make_mesh(config.mesh, devices)
+    model, optimizer, ema, step = assemble(config, mesh)
     batch = abstract_batch(mesh, config.data.batch_sequences, config.data.length_tokens)
     return step.lower(abstract_state(model, optimizer, mesh, ema=ema), batch), mesh

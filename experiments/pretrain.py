@@ -14,25 +14,20 @@ from etils import epath
 from configs.schema import PretrainConfig
 from experiments import entry
 from experiments.evaluation import make_evaluation
+from experiments.pretraining import assemble
 from experiments.run_flags import PROFILE, start_processes
 from experiments.workdir_flag import WORKDIR
 from llm.data.pipeline import data_digests, make_training_batches
 from llm.data.prepare import prepare
 from llm.data.tokenizer_training import make_tokenizer
-from llm.models.on_mesh import check_on_mesh
-from llm.models.transformer import Transformer, logical_axes
 from llm.parallel.hosts import host_share
 from llm.parallel.mesh import make_mesh
 from llm.scaling.accounting import training_flops_per_token
 from llm.scaling.hardware import peak_flops
-from llm.training.loss import make_causal_lm_loss
-from llm.training.optimizers import make_optimizer
 from llm.training.replay import replayed
 from llm.training.run import Run
 from llm.training.run_config import check_config
-from llm.training.schedules import make_schedule
-from llm.training.state import init_state, state_shardings
-from llm.training.step import make_train_step
+from llm.training.state import init_state
 
 
 def pretrain(config: PretrainConfig, workdir: str) -> None:
@@ -40,25 +35,10 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
     fields = dataclasses.asdict(config)
     check_config(workdir, fields, allow_change=config.run.allow_config_change)  # before JAX starts
 
-    # Mesh
+    # Model, loss, optimizer, on a mesh
     mesh = make_mesh(config.mesh)
-    check_on_mesh(config.model, config.compute, mesh)
-
-    # Model
-    model = Transformer(config.model, config.compute)
-    loss_fn = make_causal_lm_loss(
-        model,
-        z_loss=config.z_loss,
-        tile_tokens=config.loss_tile_tokens,
-        router_balance_weight=config.router_balance_weight,
-        router_z_weight=config.router_z_weight,
-    )
-    optimizer = make_optimizer(
-        config.optimizer, logical_axes(model), width_ratio=config.model.width_ratio
-    )
-    schedule = make_schedule(
-        config.schedule, total_steps=config.num_steps, tokens_per_step=config.tokens_per_step
-    )
+    model, optimizer, ema, train_step = assemble(config, mesh)
+    train_step = replayed(train_step, config.run.replay_every_steps)
 
     # Data
     tokenizer = make_tokenizer(config.data)
@@ -75,20 +55,6 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
         share=host_share(mesh),
         state_dir=epath.Path(workdir) / "data",
     )
-
-    # State
-    ema = config.optimizer.ema_decay is not None
-    shardings = state_shardings(model, optimizer, mesh, ema=ema)
-    train_step = make_train_step(
-        loss_fn,
-        optimizer,
-        config.optimizer,
-        schedule,
-        shardings,
-        mesh,
-        accumulate_steps=config.accumulate_steps,
-    )
-    train_step = replayed(train_step, config.run.replay_every_steps)
     evaluate = make_evaluation(config, model, mesh, tokenizer, prepared.validation)
 
     # Run

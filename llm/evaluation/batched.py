@@ -19,7 +19,7 @@ from llm.generation.generator import stop_ids
 from llm.generation.prompts import bucket_length, pad_prompts, sequence_keys
 from llm.models.transformer import Transformer, head_params
 from llm.models.unstack import unstack, unstacked
-from llm.objectives.cross_entropy import cut_tiles, join_tiles, num_tiles
+from llm.objectives.tiles import map_tiles
 
 CHUNK_TOKENS = 16  # generated between two looks at whether a text has ended
 
@@ -158,16 +158,13 @@ def _score(model: Transformer, tile_tokens: int, params, tokens, targets, counts
     )
     head = head_params(model.config, params)
 
-    def tile(_, xs):
-        hidden, targets = xs
+    def tile(hidden, targets):
         logits = model.apply({"params": head}, hidden, method="unembed").astype(jnp.float32)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         log_probs = chosen - jax.nn.logsumexp(logits, axis=-1)
-        return None, (log_probs, jnp.argmax(logits, axis=-1) == targets)
+        return log_probs, jnp.argmax(logits, axis=-1) == targets
 
-    tiles = num_tiles(*tokens.shape, tile_tokens)
-    _, out = jax.lax.scan(tile, None, tuple(cut_tiles(x, tiles) for x in (hidden, targets)))
-    return tuple(join_tiles(x) for x in out)
+    return map_tiles(tile, tile_tokens, (hidden, targets))
 
 
 def _right_padded(rows: Sequence[Sequence[int]], length: int, count: int):

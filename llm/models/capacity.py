@@ -36,9 +36,10 @@ def with_capacity(
 
     An expert takes a sequence's tokens in their order, so that none depends on later ones. Tokens
     are moved by their index: products with one-hot matrices, as in GShard and Switch, would cost
-    2T / 3F times what the experts themselves do (T tokens a sequence, F their width).
+    2T / 3F times what gated experts themselves do (T tokens a sequence, F their width).
 
-    Source: Fedus et al. 2021, arXiv:2101.03961, section 2.2, eq. 3.
+    Source: Fedus et al. 2021, arXiv:2101.03961, section 2.2, eq. 3; a sequence is what a group is
+    to Lepikhin et al. 2020, arXiv:2006.16668 (GShard), section 2.2.
     """
     b, t, d = x.shape
     e = routing.scores.shape[-1]

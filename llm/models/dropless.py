@@ -1,7 +1,8 @@
 """Experts that take every token that chooses them. Models floor.
 
 Tokens are sorted by expert and multiplied group by group. On a mesh each device does so with its
-own tokens, sent to the devices that hold their experts and back.
+own tokens, sent to the devices that hold their experts and back. Source: Gale et al. 2022,
+arXiv:2211.15841 (MegaBlocks), with ragged products for its block-sparse ones.
 """
 
 import functools
@@ -9,13 +10,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from llm.models.exchange import exchange_rows
 from llm.models.feed_forward import Hidden
 from llm.models.projection import Weights
 from llm.models.router import Routing
-from llm.parallel.rules import is_inside_stage, mesh_axes, partition_spec, ways
+from llm.parallel.rules import mesh_axes, partition_spec, ways
 
 Rows = Float[Array, "M D"]
 Counts = Int[Array, " E"]
@@ -50,26 +52,27 @@ def dropless(
             lambda names: tuple(None if n == "embed" else n for n in names), axes, is_leaf=_is_axes
         )
     specs = jax.tree.map(partition_spec, axes, is_leaf=_is_axes)
-    of_tokens = ("activation_batch", "activation_length", None)
-    tokens = partition_spec(of_tokens)
+    tokens = partition_spec(("activation_batch", "activation_length", None))
+
+    parts = mesh_axes("expert_mlp")  # along which devices hold features of the same experts
 
     def local(x, experts, gates, weights):
         weights = jax.tree.map(_gather, weights, axes)
-        x = _vary(x, of_tokens)
-        y = _route(x, experts, gates, weights, feed, num_experts, ways(mesh, "experts"))
-        return jax.lax.psum(y, mesh_axes("expert_mlp"))
+        return _route(x, experts, gates, weights, feed, num_experts, ways(mesh, "experts"))[None]
 
-    # Mapped over stages and groups, JAX 0.10 loses account of what varies along which axis; it then
-    # sums all gradients of what is not split, as `_vary` has them summed.
-    accounts = not is_inside_stage()
-    in_specs = (tokens, tokens, tokens, specs)
-    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=tokens, check_vma=accounts)
+    # Unchecked: the kernels of TPUs do not tell along which axes their results vary.
+    mapped = jax.shard_map(
+        local,
+        in_specs=(tokens, tokens, tokens, specs),
+        out_specs=PartitionSpec(parts, *tokens),
+        check_vma=False,
+    )
     padded = (
         _pad(x, mesh),
         _pad(experts, mesh, num_experts),
         _pad(routing.weights, mesh),
     )
-    return mapped(*padded, weights)[: x.shape[0], : x.shape[1]]
+    return jnp.sum(mapped(*padded, weights), axis=0)[: x.shape[0], : x.shape[1]]
 
 
 def _route(
@@ -135,25 +138,10 @@ take_rows.defvjp(_take_forward, _take_backward)
 
 def _gather(weight: Array, names: tuple[str | None, ...]) -> Array:
     """Return a weight whole along the residual width, whose gradient goes back scattered."""
-    weight = _vary(weight, names)
     cuts = mesh_axes("embed") if "embed" in names else ()  # none where a group has it whole
     for axis in cuts:
         weight = jax.lax.all_gather(weight, axis, axis=names.index("embed"), tiled=True)
     return weight
-
-
-def _vary(x: Array, names: tuple[str | None, ...]) -> Array:
-    """Return x, the same along the mesh axes that no name splits, as one that may differ along
-    them: its gradient is then summed over them."""
-    if is_inside_stage():
-        return x
-    axes = (
-        axis
-        for name in ("activation_batch", "activation_length", "expert_mlp")
-        for axis in mesh_axes(name)
-    )
-    split = {axis for name in names for axis in mesh_axes(name)}
-    return jax.lax.pcast(x, tuple(axis for axis in axes if axis not in split), to="varying")
 
 
 def _pad(x: Array, mesh: jax.sharding.AbstractMesh, value: int = 0) -> Array:

@@ -26,7 +26,7 @@ class MixtureOfExperts(nn.Module):
     Leaves a `RouterSums` in the collection "router" where that is mutable. Padding (where `real` is
     False) goes to no expert.
 
-    Source: Shazeer et al. 2017, arXiv:1701.06538; shared experts, Dai et al. 2024,
+    Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 1; shared experts, Dai et al. 2024,
     arXiv:2401.06066, eq. 9.
     """
 

@@ -90,7 +90,9 @@ PRESETS: dict[str, TransformerConfig] = {
         rope_theta=100_000.0,
         tied_head=True,
     ),
-    # Jiang et al. 2024, arXiv:2401.04088, table 1, and the released config.json.
+    # Jiang et al. 2024, arXiv:2401.04088, table 1, and config.json of
+    # huggingface.co/mistralai/Mixtral-8x7B-Instruct-v0.1 at
+    # eba92302a2861cdc0098cc54bc9f17cb2c47eb61.
     "mixtral-8x7b": _llama(
         4096,
         32,
@@ -102,8 +104,10 @@ PRESETS: dict[str, TransformerConfig] = {
         rope_theta=1_000_000.0,
         **_experts(8, 2, 14336),
     ),
-    # Dai et al. 2024, arXiv:2401.06066, section 5.1: two shared experts beside six of 64, the first
-    # layer dense; that layer's width from the released config.json.
+    # Dai et al. 2024, arXiv:2401.06066, section 5.1.2: two shared experts beside six of 64, the
+    # first layer dense; its width and the experts' from config.json of
+    # huggingface.co/deepseek-ai/deepseek-moe-16b-base (as kept in vltnmmdv/deepseek-moe-16b-base at
+    # 3cb04456ff2980b9c334fbb08c07e542dfd66ab8).
     "deepseek-moe-16b": _llama(
         2048,
         28,
@@ -117,9 +121,11 @@ PRESETS: dict[str, TransformerConfig] = {
         router_renormalise=False,
         **_experts(64, 6, 1408, shared=2),
     ),
-    # Moonshot AI 2025, arXiv:2507.20534, table 2 (Kimi K2), but with eight key-value heads of 128
-    # (grouped queries) for its multi-head latent attention: 1.9B parameters more. Its balance comes
-    # from a bias on the choice of experts; here it is the loss's.
+    # Moonshot AI 2025, arXiv:2507.20534, table 2 (Kimi K2), widths from its config.json as in
+    # github.com/AI-Hypercomputer/maxtext, src/MaxText/configs/models/kimi-k2-1t.yml at
+    # 48445cf00e73064e87886539714a8ba1794ee019; but with eight key-value heads of 128 (grouped
+    # queries) for its multi-head latent attention: 1.9B parameters more. Its balance comes from a
+    # bias on the choice of experts; here it is the loss's.
     "moe-1t": _llama(
         7168,
         61,
@@ -136,7 +142,9 @@ PRESETS: dict[str, TransformerConfig] = {
         router_scale=2.827,
         **_experts(384, 8, 2048, shared=1),
     ),
-    # Yang et al. 2025, arXiv:2505.09388, tables 1 and 2.
+    # Yang et al. 2025, arXiv:2505.09388, tables 1 and 2: layers, heads, experts. Widths from the
+    # released config.json; of the one with experts as in transformers' Qwen3MoeConfig and
+    # gitcode.com/Ascend/MindSpeed-RL/blob/master/configs/model/qwen3_30b_a3b.yaml.
     "qwen3-30b-a3b": _llama(
         2048,
         48,

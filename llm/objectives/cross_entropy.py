@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llm.objectives.tiles import map_tiles, sum_tiles
+
 Unembed = Callable[[dict, Float[Array, "B T D"]], Float[Array, "B T V"]]
 Sums = dict[str, Float[Array, ""]]
 
@@ -23,14 +25,15 @@ def tiled_cross_entropy(
 ) -> tuple[Float[Array, ""], Sums]:
     """Return Σ weights · (−log p(target) + z_loss · log² Z), and the sums it is made of.
 
-    `unembed(head, hidden)` gives float32 logits; they exist for about `tile_tokens` at a time.
+    `unembed(head, hidden)` gives float32 logits; they exist for about `tile_tokens` at a time on
+    each device.
     The gradient is taken in the same pass over the tiles, so that no logits are kept or recomputed.
     The sums (`loss`, `z_loss`, `correct`, all weighted, in nats or tokens) and the weights carry no
     gradient.
 
     Source: z-loss is Chowdhery et al. 2022, arXiv:2204.02311, section 5.
     """
-    sums, _ = _over_tiles(
+    sums, _ = sum_tiles(
         lambda h, t, w: (_tile_sums(unembed(head, h), t, w, z_loss)[0], None),
         tile_tokens,
         (hidden, targets, weights),
@@ -49,9 +52,9 @@ def tiled_token_nats(
 
     def one(h, t):
         logits = unembed(head, h)
-        return {}, jax.nn.logsumexp(logits, axis=-1) - _chosen(logits, t)[0]
+        return jax.nn.logsumexp(logits, axis=-1) - _chosen(logits, t)[0]
 
-    return _over_tiles(one, tile_tokens, (hidden, targets))[1]
+    return map_tiles(one, tile_tokens, (hidden, targets))
 
 
 def _tile_sums(logits, targets, weights, z_loss: float) -> tuple[Sums, Array]:
@@ -78,42 +81,6 @@ def _chosen(logits, targets) -> tuple[Array, Array]:
     return jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), is_target
 
 
-def _over_tiles(fn, tile_tokens: int, arrays):
-    """Map fn(*tile) → (summed, stacked) over tiles of [B T ...]; sum the one, join the other."""
-    tiles = num_tiles(*arrays[0].shape[:2], tile_tokens)
-    cut = tuple(cut_tiles(x, tiles) for x in arrays)
-
-    def body(total, tile):
-        summed, stacked = fn(*tile)
-        return jax.tree.map(jnp.add, total, summed), stacked
-
-    shapes, _ = jax.eval_shape(fn, *(x[0] for x in cut))
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    summed, stacked = jax.lax.scan(body, zero, cut)
-    return summed, jax.tree.map(join_tiles, stacked)
-
-
-def num_tiles(batch: int, length: int, tile_tokens: int) -> int:
-    """Return the smallest divisor of the length that makes tiles of at most tile_tokens."""
-    wanted = max(1, -(-batch * length // max(1, tile_tokens)))
-    return next(n for n in range(min(wanted, length), length + 1) if length % n == 0)
-
-
-def cut_tiles(x: Array, tiles: int) -> Array:
-    """[B T ...] → [tiles B T/tiles ...]; each tile takes every tiles-th position.
-
-    Strided, so that a length that is split over devices stays split in every tile.
-    """
-    x = x.reshape(x.shape[0], x.shape[1] // tiles, tiles, *x.shape[2:])
-    return jnp.moveaxis(x, 2, 0)
-
-
-def join_tiles(x: Array) -> Array:
-    """The inverse of cut_tiles."""
-    x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
 def _forward(unembed, tile_tokens, z_loss, head, hidden, targets, weights):
     def one(h, t, w):
         logits, pullback = jax.vjp(unembed, head, h)
@@ -121,9 +88,7 @@ def _forward(unembed, tile_tokens, z_loss, head, hidden, targets, weights):
         head_gradient, hidden_gradient = pullback(gradient)
         return (sums, head_gradient), hidden_gradient
 
-    (sums, head_gradient), hidden_gradient = _over_tiles(
-        one, tile_tokens, (hidden, targets, weights)
-    )
+    (sums, head_gradient), hidden_gradient = sum_tiles(one, tile_tokens, (hidden, targets, weights))
     return (sums["loss"] + z_loss * sums["z_loss"], sums), (head_gradient, hidden_gradient)
 
 

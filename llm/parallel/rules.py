@@ -59,11 +59,6 @@ def inside_stage() -> Iterator[None]:
         _in_stage.reset(before)
 
 
-def is_inside_stage() -> bool:
-    """Whether what is traced is of one stage and group."""
-    return _in_stage.get()
-
-
 def mesh_axes(name: str | None) -> MeshAxes:
     """Return the mesh axes that cut a dimension of that logical name."""
     axes = () if name is None else RULES[name]

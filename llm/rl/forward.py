@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from llm.models.scalar import ScalarModel
 from llm.models.transformer import Transformer, head_params, init_cache
-from llm.objectives.cross_entropy import cut_tiles, join_tiles, num_tiles
+from llm.objectives.tiles import map_tiles, num_tiles
 from llm.rl.models import Models
 from llm.rl.rollout import Rollout
 
@@ -72,9 +72,10 @@ def response_log_probs(
 ) -> tuple[PerToken, PerToken]:
     """Return log softmax(logits / temperature) of each response token, and that softmax's entropy.
 
-    In nats, 0 where the mask is. Logits exist for about tile_tokens at a time, in the backward pass
-    too, where they are computed again if there is more than one tile. With a `group`, so many
-    responses to each prompt stand side by side, and the prompt is read once for them.
+    In nats, 0 where the mask is. Logits exist for about tile_tokens at a time on each device, in
+    the backward pass too, where they are computed again if there is more than one tile. With a
+    `group`, so many responses to each prompt stand side by side, and the prompt is read once for
+    them.
     """
     hidden = _hidden_of_groups if group > 1 else _hidden_of_rows
     hidden = hidden(model, params, rollout, group)
@@ -93,14 +94,11 @@ def response_log_probs(
         return chosen - log_z, log_z - jnp.sum(terms * finite, axis=-1) / total
 
     arrays = hidden, rollout.tokens[:, -length:]
-    tiles = num_tiles(*rollout.mask.shape, tile_tokens)
-    if tiles == 1:
+    if num_tiles(*rollout.mask.shape, tile_tokens) == 1:
         log_probs, entropies = tile(*arrays)
     else:
-        tile = jax.checkpoint(tile, prevent_cse=False)
-        cut = tuple(cut_tiles(x, tiles) for x in arrays)
-        _, out = jax.lax.scan(lambda _, xs: (None, tile(*xs)), None, cut)
-        log_probs, entropies = (join_tiles(x) for x in out)
+        again = jax.checkpoint(tile, prevent_cse=False)
+        log_probs, entropies = map_tiles(again, tile_tokens, arrays)
     here = rollout.mask > 0
     return jnp.where(here, log_probs, 0.0), jnp.where(here, entropies, 0.0)
 

@@ -1,16 +1,13 @@
 """Optimizers from optax, told by the logical axes which parameter is what. Second floor."""
 
-import math
-
 import jax
 import optax
 from jax.typing import ArrayLike
-from optax.contrib import MuonDimensionNumbers, muon
+from optax.contrib import MuonDimensionNumbers
 
 from llm.models.adapters import is_factor
 from llm.training.config import OptimizerConfig
-
-_STACKED = ("layers", "experts")  # axes along which whole matrices lie, always in front
+from llm.training.muon import STACKED, muon_with_adam
 
 
 def make_optimizer(
@@ -39,7 +36,14 @@ def make_optimizer(
     )
     match config.name:
         case "muon":
-            return _muon(config, axes, decay, weight_decay, spectral=width_ratio is not None)
+            return muon_with_adam(
+                config,
+                axes,
+                muon_dimensions(axes),
+                decay,
+                weight_decay,
+                spectral=width_ratio is not None,
+            )
         case "adamw":
             direction = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
         case "lion":
@@ -62,50 +66,6 @@ def _divide_matrices(axes: dict, width_ratio: float) -> optax.GradientTransforma
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
 
 
-def _muon(
-    config: OptimizerConfig, axes: dict, decay: dict, weight_decay: ArrayLike, *, spectral: bool
-) -> optax.GradientTransformation:
-    """Return Muon for the matrices inside layers and AdamW for the rest.
-
-    Decay comes after both: optax's own would shrink norms and biases too, which have no mask there.
-    """
-    dimensions = muon_dimensions(axes)
-    adam_rate = config.adam_learning_rate / config.learning_rate
-    is_leaf = lambda x: not isinstance(x, dict)  # noqa: E731
-    by_muon = jax.tree.map(lambda numbers: numbers is not None, dimensions, is_leaf=is_leaf)
-    decay_muon = jax.tree.map(lambda decays, ours: decays and ours, decay, by_muon)
-    decay_adam = jax.tree.map(lambda decays, ours: decays and not ours, decay, by_muon)
-
-    def to_spectral_norm(updates, _):
-        """From optax's sqrt(max(1, fan out / fan in)) to sqrt(fan out / fan in)."""
-
-        def one(numbers, update):
-            if numbers is None:
-                return update
-            inputs, outputs = (
-                math.prod(update.shape[i] for i in side)
-                for side in (numbers.reduction_axis, numbers.output_axis)
-            )
-            return update * min(1.0, outputs / inputs) ** 0.5
-
-        return jax.tree.map(one, dimensions, updates, is_leaf=is_leaf)
-
-    return optax.chain(
-        muon(
-            1.0,
-            beta=config.beta1,
-            eps=config.epsilon,
-            adam_b1=config.adam_beta1,
-            adam_b2=config.beta2,
-            adam_learning_rate=adam_rate,
-            muon_weight_dimension_numbers=dimensions,
-        ),
-        optax.stateless(to_spectral_norm) if spectral else optax.identity(),
-        optax.add_decayed_weights(-weight_decay, decay_muon),
-        optax.add_decayed_weights(-weight_decay * adam_rate, decay_adam),
-    )
-
-
 def muon_dimensions(axes: dict) -> dict:
     """Return, for each parameter, the dimensions that Muon multiplies out; None: left to AdamW.
 
@@ -118,7 +78,7 @@ def muon_dimensions(axes: dict) -> dict:
         if not _is_matrix(path, names):
             return None
         width = tuple(i for i, n in enumerate(names) if n == "embed")
-        other = tuple(i for i, n in enumerate(names) if n not in ("embed", *_STACKED))
+        other = tuple(i for i, n in enumerate(names) if n not in ("embed", *STACKED))
         first = min(width) < min(other)
         return MuonDimensionNumbers(*((width, other) if first else (other, width)))
 
@@ -154,6 +114,6 @@ def _each_matrix_apart(
         return optax.GradientTransformation(init, update)
 
     labels = jax.tree.map(
-        lambda names: " ".join(n for n in names if n in _STACKED), axes, is_leaf=_is_axes
+        lambda names: " ".join(n for n in names if n in STACKED), axes, is_leaf=_is_axes
     )
     return optax.partition({name: mapped(name) for name in jax.tree.leaves(labels)}, labels)

@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Int
 from llm.data.loader import Batch as HostBatch
 from llm.models.scalar import ScalarModel, at_last_token
 from llm.models.transformer import Transformer, head_params
-from llm.objectives.cross_entropy import cut_tiles, join_tiles, num_tiles
 from llm.objectives.preference import (
     bradley_terry_loss,
     dpo_loss,
@@ -25,6 +24,7 @@ from llm.objectives.preference import (
     pairs_of,
     simpo_loss,
 )
+from llm.objectives.tiles import map_tiles
 from llm.parallel.hosts import local_rows, place_batch
 from llm.training.config import PreferenceConfig
 from llm.training.step import Batch, LossFn
@@ -103,10 +103,7 @@ def response_log_prob_sums(
         chosen = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
         return weights * (chosen - jax.nn.logsumexp(logits, axis=-1))
 
-    tiles = num_tiles(*targets.shape, tile_tokens)
-    cut = tuple(cut_tiles(x, tiles) for x in (hidden, targets, weights))
-    _, out = jax.lax.scan(lambda _, xs: (None, tile(*xs)), None, cut)
-    return jnp.sum(join_tiles(out), axis=1)
+    return jnp.sum(map_tiles(tile, tile_tokens, (hidden, targets, weights)), axis=1)
 
 
 def make_reference_step(

@@ -12,7 +12,7 @@ import pytest
 from llm.interop.mup import fold_mup
 from llm.models.adapters import adapt_params, is_factor, merge_params
 from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
-from llm.models.grouped_dot import grouped_dot
+from llm.models.grouped_dot import grouped_dot, outer_by_kernel
 from llm.models.moe import MixtureOfExperts
 from llm.models.router import gather_sums
 from llm.models.transformer import Transformer, init_params
@@ -192,6 +192,18 @@ def test_rows_of_no_group_give_nothing_and_vmap_is_a_loop():
             np.testing.assert_allclose(to_kernels[i, e], rows[i, mine].T @ slope, atol=1e-12)
             np.testing.assert_allclose(to_rows[i, mine], slope @ kernels[i, e].T, atol=1e-12)
         assert not np.any(out[i, ends[-1] :]) and not np.any(to_rows[i, ends[-1] :])
+
+
+def test_the_tpus_kernel_of_weight_gradients_sums_over_each_group():
+    """An empty group, groups that end within a tile of rows, rows of no group, odd widths."""
+    random = np.random.default_rng(0)
+    rows, cotangent = random.normal(size=(700, 130)), random.normal(size=(700, 40))
+    sizes = np.array([100, 0, 500, 37])
+    found = outer_by_kernel(*map(jnp.float32, (rows, cotangent)), jnp.array(sizes), interpret=True)
+    ends = np.cumsum(sizes)
+    for e, (start, end) in enumerate(zip(ends - sizes, ends, strict=True)):
+        expected = rows[start:end].T @ cotangent[start:end]
+        np.testing.assert_allclose(found[e], expected, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from llm.models.presets import PRESETS, from_depth
 from llm.models.transformer import Transformer, param_shapes
 from llm.scaling.accounting import num_active_params, num_params, training_flops_per_token
 
-# Counted on the reference checkpoints of Hugging Face's hub (tied heads counted once).
+# Counted on the reference checkpoints of Hugging Face's hub (tied heads counted once). Those with
+# experts also by transformers 5.23's classes, made from the config.json; but for DeepSeekMoE's, of
+# which there is none.
 EXACT = {
     "gpt2-124m": 124_439_808,
     "gpt2-355m": 354_823_168,
@@ -25,11 +27,12 @@ EXACT = {
     "qwen3-30b-a3b": 30_532_122_624,
     "deepseek-moe-16b": 16_375_728_128,
 }
-# Billions in all and of one token, lookup table counted, as their papers give them.
+# Billions in all and of one token, lookup table counted, as their makers give them.
 EXPERTS = {
-    "mixtral-8x7b": (46.7, 12.9),  # Jiang et al. 2024, section 3: 47B and 13B
-    "qwen3-30b-a3b": (30.5, 3.3),  # Yang et al. 2025, table 2
-    "deepseek-moe-16b": (16.4, 2.8),  # Dai et al. 2024, section 5.1
+    # mistral.ai/news/mixtral-of-experts; Jiang et al. 2024, arXiv:2401.04088: 47 and 13
+    "mixtral-8x7b": (46.7, 12.9),
+    "qwen3-30b-a3b": (30.5, 3.3),  # huggingface.co/Qwen/Qwen3-30B-A3B; the paper gives neither
+    "deepseek-moe-16b": (16.4, 2.8),  # Dai et al. 2024, arXiv:2401.06066, section 5.1.2
 }
 # Names that round by more than 2%: the exact count above is the check.
 LOOSE_NAMES = {"gpt2-1.5b", "llama2-7b"}
@@ -49,8 +52,8 @@ def test_published_totals_and_active_counts_of_experts(name):
 
 
 def test_the_trillion_is_kimi_k2_but_for_its_attention():
-    """Moonshot AI 2025, table 2: 1.04T parameters in all, 32.6B of one token; the hub counts 1.026T
-    on the released checkpoint."""
+    """Moonshot AI 2025, arXiv:2507.20534, table 2: 1.04T parameters in all, 32.6B of one token. Of
+    its config.json transformers 5.23's DeepseekV3ForCausalLM, which it is, makes 1.026T."""
     config = PRESETS["moe-1t"]
     d, heads = config.width, config.num_heads
     # queries through a rank of 1,536, keys and values through 512, 64 rotary dimensions a key
@@ -59,7 +62,7 @@ def test_the_trillion_is_kimi_k2_but_for_its_attention():
     ours = 2 * d * heads * 128 + 2 * d * config.num_kv_heads * 128
     more = config.num_layers * (ours - latent)
     assert more == pytest.approx(1.9e9, rel=0.01)
-    biases = 60 * 384  # of the choice of experts; with them it is the released checkpoint's count
+    biases = 60 * 384  # of the choice of experts
     assert num_params(config) - more + biases == 1_026_408_232_448
     active = num_active_params(config) + config.vocab_size * d - more
     assert active == pytest.approx(32.6e9, rel=0.015)

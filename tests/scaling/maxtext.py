@@ -1,9 +1,16 @@
 """MaxText's published runs on TPU v5e and v5p, as workloads.
 
-Shapes are base.yml's (width 2048, 16 heads of 128, feed-forward 7168 gated, 16 layers, vocabulary
-32,000) times the powers of two that `global_parameter_scale` gives; batches, remat policies and
-meshes those of MaxText/configs/{v5e,v5p}/*.sh; results those of the README.md beside them, in
-TFLOP/s a chip with all T² scores counted. github.com/AI-Hypercomputer/maxtext, 2024.
+Of github.com/AI-Hypercomputer/maxtext, under MaxText/, file and commit:
+
+- results: configs/{v5e,v5p}/README.md, 0ed7bd529b9d690570473c3525d1efeda6b6c944, the same as in
+  76bd53b0f44caf989c88189afadeb1062f9254f0. TFLOP/s a chip as maxtext_utils.py counts
+  (`calculate_tflops_training_per_device`, 0245b56820bb37b2f1770e01483d406a3f0066f3): with the head
+  and all T² scores;
+- shapes: configs/base.yml, 000e93554a028c208eeacc75b7c1813a79ae6219 (width 2048, 16 heads of 128,
+  feed-forward 7168 gated, 16 layers, vocabulary 32,000), times the powers of two that pyconfig.py
+  gives (`get_individual_scales`, 0045bf834da3f240bfed3b86141fe085303fba4e);
+- batches, remat policies and meshes: configs/{v5e,v5p}/*.sh, their commits below;
+- slices: accelerator_to_spec_map.py, 035dd3dcd42db9deeb1e015fea5df0b13c492d8a.
 """
 
 import math
@@ -19,18 +26,19 @@ LENGTH = 2048
 # billions of parameters: sequences a chip, remat policy ("minimal" keeps the products' results;
 # 128B on v5e moves them to the host besides), tensor parallelism
 V5E = {
-    16: (6, "full", 1),
-    32: (4, "full", 1),
-    64: (2, "full", 1),
-    128: (1, "dots_with_no_batch", 16),
+    16: (6, "full", 1),  # 07775101f8aa8329d71765c5633d980bf6b3afac
+    32: (4, "full", 1),  # 07775101f8aa8329d71765c5633d980bf6b3afac
+    64: (2, "full", 1),  # 43fce2e7e9c7e65747d60c2fce084d2a5d19d6e3
+    128: (1, "dots_with_no_batch", 16),  # 3d048f7b461ec9806a03e8bb89bb7129d2c1c327
 }
 V5P = {
-    32: (7, "dots_with_no_batch", 4),
-    64: (3, "dots_with_no_batch", 4),
-    128: (1, "dots_with_no_batch", 8),
-    256: (1, "dots_with_no_batch", 8),
-    512: (2, "full", 8),
-    1024: (2, "full", 8),
+    # 6 sequences in later scripts (8c3d2e65aa05446ce6674ea40ce7814be14a02ad), with the same results
+    32: (7, "dots_with_no_batch", 4),  # 0d9779a57e8407f5d4fbb64ffc2074797d714838
+    64: (3, "dots_with_no_batch", 4),  # 3d048f7b461ec9806a03e8bb89bb7129d2c1c327
+    128: (1, "dots_with_no_batch", 8),  # 07775101f8aa8329d71765c5633d980bf6b3afac
+    256: (1, "dots_with_no_batch", 8),  # 07775101f8aa8329d71765c5633d980bf6b3afac
+    512: (2, "full", 8),  # 07775101f8aa8329d71765c5633d980bf6b3afac
+    1024: (2, "full", 16),  # 8c3d2e65aa05446ce6674ea40ce7814be14a02ad
 }
 SHAPES = {64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16"}
 
