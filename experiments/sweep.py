@@ -31,6 +31,7 @@ from llm.launch.skypilot import SkyPilotExecutor
 from llm.launch.slurm import SlurmExecutor
 from llm.parallel.mesh import ALONE
 from llm.training.files import absolute, is_local
+from llm.training.lock import Lock
 
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "List the members with their cost, and stop.")
 _RETRY_FAILED = flags.DEFINE_boolean(
@@ -54,8 +55,14 @@ def main(sweep: SweepConfig) -> None:
         return
     over = _REPORT_ONLY.value
     if not over:
-        print(record_sweep(workdir, sweep, members))
-        over = run_members(sweep, members, workdir, executor)
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = Lock(workdir)
+        lock.acquire()
+        try:
+            print(record_sweep(workdir, sweep, members))
+            over = run_members(sweep, members, workdir, executor)
+        finally:
+            lock.release()
 
     results = read_results(workdir, sweep, members)
     check_metric(results, sweep.metric)

@@ -28,7 +28,8 @@ from llm.training.files import absolute, append_json_line, read_json_lines, writ
 
 _SUBMITTED = "submitted.jsonl"  # {"job": id, "members": [[name, stop_at_step], ...]} a line
 
-# `--signal` without B: reaches the steps, which are the members, and not this script.
+# `--signal` without B: reaches the steps, which are the members, and not this script. Cores a task
+# are said to srun too, which since SLURM 22.05 does not take them over from sbatch.
 _SCRIPT = """#!/bin/bash
 {directives}
 folder=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {lists}.folders)
@@ -36,7 +37,7 @@ command=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {lists}.commands)
 starts=${{SLURM_RESTART_COUNT:-0}}
 began=$(date +%s)
 {setup}
-srun --kill-on-bad-exit=1 bash -c "exec $command" >> "$folder/{log}" 2>&1
+srun --kill-on-bad-exit=1{step} bash -c "exec $command" >> "$folder/{log}" 2>&1
 code=$?
 printf '{{"time":"%s","stop_at_step":{stop_at_step},"exit_code":%d,"seconds":%d}}\\n' \\
   "$(date -Iseconds)" "$code" "$(($(date +%s) - began))" >> "$folder/{starts}"
@@ -121,6 +122,7 @@ class SlurmExecutor:
             directives="\n".join(f"#SBATCH {each}" for each in self._directives(jobs, lists)),
             lists=shlex.quote(str(lists)),
             setup=self._config.setup,
+            step=f" --cpus-per-task={cores}" if (cores := self._config.cpus_per_task) else "",
             log=LOG,
             starts=STARTS,
             stop_at_step=jobs[0].stop_at_step,

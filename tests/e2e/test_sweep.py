@@ -17,6 +17,7 @@ from experiments.sweep_members import resolve
 from experiments.sweep_report import write_sweep_report
 from experiments.sweep_results import Result, read_results
 from llm.training.loading import load_params
+from llm.training.lock import Lock
 from llm.training.metrics import read_metrics
 from tests.e2e.life import write_life
 from tests.faults.harness import finish, start, wait_until
@@ -81,6 +82,14 @@ def test_it_is_listed_before_anything_runs_and_a_typo_is_one_line(folder):
     assert typo == (
         "error: members[0]: config has no field 'totel_steps'; did you mean total_steps?\n"
     )
+
+
+def test_a_second_sweep_in_a_workdir_is_refused(folder):
+    (folder / "sweep").mkdir()
+    lock = Lock(folder / "sweep")
+    lock.acquire()
+    assert "is in use by process" in outcome(sweep(folder), expect=2)
+    lock.release()
 
 
 @pytest.mark.long

@@ -137,6 +137,8 @@ def test_bash_reads_the_script(config, tmp_path):
     assert "--array=0-7%4" in lines if config.parallel else "--array=0-7" in lines
     assert {"--requeue", "--signal=TERM@120", "--job-name=it-s"} <= set(lines)
     if config.partition:
+        # srun's own: since SLURM 22.05 it does not inherit it (its release notes)
+        assert "\nsrun --kill-on-bad-exit=1 --cpus-per-task=8 bash -c" in script
         assert {"--gpus-per-node=8", "--ntasks-per-node=8", "--constraint=h100"} <= set(lines)
         assert not any(line.startswith("--gpus-per-task") for line in lines)
     assert [shlex.split(line) for line in lines if "--output" in line] == [
