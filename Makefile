@@ -73,5 +73,5 @@ $(VENV)/.test-installed: $(VENV)/.created pyproject.toml setup.py constraints.tx
 
 $(LAUNCH_VENV)/.test-installed: $(LAUNCH_VENV)/.created pyproject.toml setup.py constraints-launch.txt
 	@echo "Installing the project, SkyPilot and pytest (some minutes the first time)"
-	$(INSTALL) -c constraints-launch.txt -e '.[launch]' beartype pytest
+	$(INSTALL) -c constraints-launch.txt -e '.[launch]' beartype hypothesis pytest
 	@touch $@

@@ -5,6 +5,7 @@ spot slice is taken away SkyPilot finds another, where the same command goes on.
 """
 
 import json
+import os
 import pathlib
 import re
 import shlex
@@ -63,7 +64,8 @@ class SkyPilotExecutor:
         """Return how many tasks there are, and the first as `sky jobs launch` takes it: YAML, of
         which JSON is a part."""
         tasks = self.task_configs(jobs)
-        return f"{len(tasks)} tasks, the first:\n{json.dumps(tasks[0], indent=1)}"
+        first = tasks[0] | {"secrets": dict.fromkeys(self._config.secrets, "…")}
+        return f"tasks: {len(tasks)}, the first:\n{json.dumps(first, indent=1)}"
 
     def run(self, jobs: Sequence[Job]) -> bool:
         """Launch a managed job for each task that is not on its way.
@@ -126,6 +128,7 @@ class SkyPilotExecutor:
             "num_nodes": 1 if found.runtime_version else config.nodes,
             "resources": resources,
             "envs": dict(config.env),
+            "secrets": {name: _from_environment(name) for name in config.secrets},
             "file_mounts": dict(self._files),
             "setup": _SETUP.format(extras=",".join((device, store, *config.extras))),
             "run": self._commands(jobs),
@@ -145,6 +148,12 @@ class SkyPilotExecutor:
             for job in jobs
         ]
         return "".join([". ~/venv/bin/activate || exit\nworst=0\n", *lines, 'exit "$worst"\n'])
+
+
+def _from_environment(name: str) -> str:
+    if name not in os.environ:
+        raise LaunchError(f"skypilot.secrets: {name} is not set in this environment; export it")
+    return os.environ[name]
 
 
 def _states(sky: ModuleType) -> dict[str, Any]:

@@ -99,6 +99,19 @@ def test_the_schema_and_the_catalog_refuse_what_is_not(sky):
             sky.Task.from_yaml_config(elsewhere).validate()
 
 
+def test_secrets_reach_the_task_and_nothing_that_is_shown_or_kept(sky, monkeypatch):
+    config = SkyPilotConfig(secrets=("HF_TOKEN",))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(LaunchError, match="skypilot.secrets: HF_TOKEN is not set"):
+        SkyPilotExecutor(config, HOUSE).describe(jobs_of(1))
+    monkeypatch.setenv("HF_TOKEN", "hf_1234")
+    executor = SkyPilotExecutor(config, HOUSE)
+    task = sky.Task.from_yaml_config(executor.task_configs(jobs_of(1))[0])
+    assert task.secrets["HF_TOKEN"].get_secret_value() == "hf_1234"
+    assert "HF_TOKEN" in executor.describe(jobs_of(1))
+    assert "hf_1234" not in executor.describe(jobs_of(1)) + repr(config)
+
+
 def run_under_stand_ins(sky, monkeypatch):
     """Stand in for the two calls that need a server, bound by the real signatures; return the tasks
     that are launched, and the state of each in the queue. As of a real server without a controller,
