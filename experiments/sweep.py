@@ -128,7 +128,7 @@ def make_executor(
         )
     if sweep.executor == "slurm":
         return SlurmExecutor(sweep.slurm, workdir, retry_failed=_RETRY_FAILED.value)
-    return LocalExecutor(sweep.local)
+    return LocalExecutor(sweep.local, metric=sweep.metric)
 
 
 def job_of(

@@ -23,7 +23,7 @@ LOG = "launch.log"  # what its starts have printed
 USER_ERROR = 2  # what no further start would mend (experiments/entry.py)
 
 GO_ON = (EXIT_CODE, LOST_PEER_EXIT_CODE)  # all is saved: start again
-_TAIL_BYTES, _TAIL_LINES = 8192, 12
+_TAIL_BYTES, _TAIL_LINES = 65536, 12
 
 
 class Job(NamedTuple):

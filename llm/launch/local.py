@@ -47,14 +47,15 @@ class _Running(NamedTuple):
 
 
 class LocalExecutor:
-    """See LocalConfig. `stream` is where the table goes, standard error by default.
+    """See LocalConfig. The table shows `metric` and goes to `stream`, standard error by default.
 
     Raises:
       ValueError: there are fewer cores than jobs at a time.
     """
 
-    def __init__(self, config: LocalConfig, *, stream=None):
-        self._config, self._stream, self._slots = config, stream, make_slots(config)
+    def __init__(self, config: LocalConfig, *, metric: str = "", stream=None):
+        self._config, self._slots = config, make_slots(config)
+        self._metric, self._stream = metric, stream
 
     def describe(self, jobs: Sequence[Job]) -> str:
         """Return how many jobs run at a time, and the command of the first."""
@@ -70,7 +71,7 @@ class LocalExecutor:
         free, running, told = list(self._slots), [], 0
         with (
             _watch_signals() as asked,
-            LiveTable([job for job, _ in waiting], self._stream) as table,
+            LiveTable([job for job, _ in waiting], self._metric, self._stream) as table,
             _told_to_leave_on_error(running),
         ):
             while running or (waiting and not asked):

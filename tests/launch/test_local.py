@@ -176,6 +176,8 @@ def test_a_terminal_gets_a_table(tmp_path, monkeypatch):
     lines = '{"step":7,"train/loss":2.5}\n{"step":8,"eval/all/loss":3.5}\n{"step":9,"tr'
     (job.folder / "metrics.jsonl").write_text(lines)
     stream = Terminal()
-    LocalExecutor(LocalConfig(pin_cores=False), stream=stream).run([job])
+    LocalExecutor(LocalConfig(pin_cores=False), metric="eval/all/loss", stream=stream).run([job])
     last = stream.getvalue().rpartition("member")[2]
-    assert all(text in last for text in ("m0", "done after 0 s", "step 8, loss 2.5"))
+    assert all(
+        text in last for text in ("m0", "done after 0 s", "step 8, loss 2.5, eval/all/loss 3.5")
+    )
