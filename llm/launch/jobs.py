@@ -14,7 +14,7 @@ from etils import epath
 
 from llm.training.files import append_json_line, is_local, read_json_lines
 from llm.training.manifests import CHECKPOINTS, CorruptStepError, list_steps, read_manifest
-from llm.training.metrics import METRICS
+from llm.training.metrics import METRICS, decode_row
 from llm.training.peers import LOST_PEER_EXIT_CODE
 from llm.training.preemption import EXIT_CODE
 
@@ -111,7 +111,7 @@ def last_metrics(folder: epath.Path) -> dict[str, Any]:
     newest: dict[str, Any] = {}
     for line in _last_bytes(folder / METRICS).split(b"\n"):
         with contextlib.suppress(ValueError):  # torn at either end
-            newest |= json.loads(line)
+            newest |= decode_row(json.loads(line))
     return newest
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,14 +15,18 @@ from etils import epath
 from llm.launch.config import LocalConfig
 from llm.launch.jobs import LOG, Job, is_done, read_starts, tail
 from llm.launch.local import LocalExecutor, make_slots
+from llm.training.metrics import encode
 
+# Ends when it, or an earlier one, has seen another beside it.
 SEEN = """
-import json, os, sys, time
+import json, os, pathlib, time
 begin = time.monotonic()
-time.sleep(0.4)
-print(json.dumps({"cores": sorted(os.sched_getaffinity(0)), "begin": begin,
+(pathlib.Path({folder!r}) / str(os.getpid())).touch()
+while len(os.listdir({folder!r})) < 2:
+    time.sleep(0.01)
+print(json.dumps({{"cores": sorted(os.sched_getaffinity(0)), "begin": begin,
                   "end": time.monotonic(), "omp": os.environ.get("OMP_NUM_THREADS"),
-                  "cuda": os.environ.get("CUDA_VISIBLE_DEVICES")}))
+                  "cuda": os.environ.get("CUDA_VISIBLE_DEVICES")}}))
 """
 
 
@@ -40,7 +45,8 @@ def test_two_at_a_time_each_on_its_cores_and_gpus(tmp_path):
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         pytest.skip("one core")
-    jobs = jobs_of(tmp_path, *[SEEN] * 5)
+    (tmp_path / "seen").mkdir()
+    jobs = jobs_of(tmp_path, *[SEEN.format(folder=str(tmp_path / "seen"))] * 5)
     assert LocalExecutor(LocalConfig(parallel=2, cuda_devices=("0,1", "2,3"))).run(jobs)
     found = [json.loads(tail(job.folder)) for job in jobs]
     for each in found:
@@ -166,6 +172,17 @@ def test_members_save_and_leave_when_the_executor_fails(tmp_path):
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+def test_a_member_that_diverges_is_shown_as_any_other(tmp_path, capsys):
+    (job,) = jobs_of(tmp_path, "print('hello')")
+    job.folder.mkdir()
+    with (job.folder / "metrics.jsonl").open("w") as file:
+        file.write(
+            json.dumps({"step": 7, "train/loss": encode(math.nan), "eval/x": encode(math.inf)})
+        )
+    LocalExecutor(LocalConfig(pin_cores=False), metric="eval/x").run([job])
+    assert "step 7, loss nan, eval/x inf" in capsys.readouterr().err
 
 
 def test_a_terminal_gets_a_table(tmp_path, monkeypatch):
