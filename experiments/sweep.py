@@ -50,7 +50,7 @@ def main(sweep: SweepConfig) -> None:
     executor = make_executor(sweep, members, workdir)
     if _DRY_RUN.value:
         print(listing(sweep, members))
-        first, *_ = *rungs_of(sweep, members), 0
+        first = next(iter(rungs_of(sweep, members)), 0)
         print(executor.describe([job_of(sweep, member, workdir, first) for member in members]))
         return
     over = _REPORT_ONLY.value

@@ -22,7 +22,7 @@ SEEN = """
 import json, os, pathlib, time
 begin = time.monotonic()
 (pathlib.Path({folder!r}) / str(os.getpid())).touch()
-while len(os.listdir({folder!r})) < 2:
+while len(os.listdir({folder!r})) < 2 and time.monotonic() - begin < 60:
     time.sleep(0.01)
 print(json.dumps({{"cores": sorted(os.sched_getaffinity(0)), "begin": begin,
                   "end": time.monotonic(), "omp": os.environ.get("OMP_NUM_THREADS"),
