@@ -47,14 +47,15 @@ def main(sweep: SweepConfig) -> None:
     jax.config.update("jax_platforms", "cpu")  # the accelerators are the members'
     members = resolve(sweep)
     workdir = absolute(WORKDIR.value)
-    executor = make_executor(sweep, members, workdir)
     if _DRY_RUN.value:
+        executor = make_executor(sweep, members, workdir)
         print(listing(sweep, members))
         first = next(iter(rungs_of(sweep, members)), 0)
         print(executor.describe([job_of(sweep, member, workdir, first) for member in members]))
         return
     over = _REPORT_ONLY.value
     if not over:
+        executor = make_executor(sweep, members, workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         lock = Lock(workdir)
         lock.acquire()
@@ -112,7 +113,7 @@ def make_executor(
     """
     shared = is_local(workdir)
     if sweep.executor == "skypilot":
-        if shared and not (_DRY_RUN.value or _REPORT_ONLY.value):
+        if shared and not _DRY_RUN.value:
             raise ValueError(
                 f"workdir={workdir}: members of executor=skypilot run on other machines; give a "
                 "bucket, gs://… or s3://…"
