@@ -117,10 +117,10 @@ def _members_section(
 def over_seeds(
     found: Sequence[Result], fields: Sequence[str], goal: str
 ) -> list[tuple[tuple[Any, ...], list[float]]]:
-    """Return the metrics of members that differ in seeds alone, by their other fields, the best
-    mean first; nothing where no two do."""
+    """Return the metrics of members that are done and differ in seeds alone, by their other fields,
+    the best mean first; nothing where no two do."""
     others, groups = _without_seeds(fields), {}
-    for result in found:
+    for result in (each for each in found if each.state == "done"):
         key = tuple(format_value(result.member.fields.get(field)) for field in others)
         groups.setdefault(key, []).append(result.value)
     if max(map(len, groups.values()), default=0) < 2:
@@ -148,7 +148,7 @@ def _seeds_section(
         for key, values in groups
     )
     columns = (*_without_seeds(fields), f"Mean {sweep.metric}", "Standard deviation", "Seeds")
-    text = "Members that differ in seeds alone, taken together; the best mean first."
+    text = "Members that are done and differ in seeds alone, together; the best mean first."
     return Section("Over seeds", text, (Table(columns, rows, "", 4),))
 
 

@@ -175,6 +175,8 @@ def test_seeds_are_taken_together_and_the_best_mean_is_first(tmp_path):
         Result(member, "done", value, 2, 1.0, [{"step": 2, "eval/all/loss": value}], "")
         for member, value in zip(resolve(sweep), values, strict=True)
     ]
+    ended = results[0]._replace(value=9.0, state="stopped at step 1")  # it was not to its end
+    results.append(ended)
     write_sweep_report(epath.Path(tmp_path), sweep, results)
     text = (tmp_path / "report.md").read_text().partition("## Over seeds")[2]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 0")]
