@@ -5,7 +5,8 @@
         when({"optimizer.name": "muon"}, random(4, 0, {"optimizer.learning_rate": log_uniform(…)})),
     )
 
-Two of them one after the other are their sum, `grid(…) + listed(…)`.
+Two of them one after the other are their sum, `grid(…) + listed(…)`; to leave some out, or to have
+a field follow from others, `tuple(m | {…} for m in product(…) if …)`. `recipe` is a field, too.
 """
 
 import hashlib

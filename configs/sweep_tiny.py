@@ -12,7 +12,7 @@ def get_config(arg=None):
     config = to_config_dict(SweepConfig)
     config.recipe = "configs/pretrain_tiny.py"
     config.members = grid(
-        {"optimizer.learning_rate": [0.01, 0.02, 0.04, 0.08], "schedule.warmup_steps": [10, 40]}
+        {"optimizer.learning_rate": [0.02, 0.04, 0.08, 0.16], "schedule.warmup_steps": [10, 40]}
     )
     config.shared = listed(
         {"total_steps": 200, "schedule.decay_steps": 100, "evaluation.every_steps": 50}

@@ -23,6 +23,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from configs.command_line import load_config, split_overrides
+from configs.dataclass_config import field_types
 from llm.data.config import cache_root
 from llm.models.config import ComputeConfig
 
@@ -145,7 +146,9 @@ def _parse_command_line(
     try:
         positional = flags.FLAGS([program, *arguments])[1:]
     except flags.UnrecognizedFlagError as error:
-        near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
+        known = [*flags.FLAGS, *(f"config.{name}" for name in _fields(config_type))]
+        near = [name for name in known if name == f"config.{error.flagname}"]
+        near += difflib.get_close_matches(error.flagname, known, n=1)
         hint = f"; did you mean --{near[0]}?" if near else "; --help lists the flags"
         raise _UsageError(f"unknown flag --{error.flagname}{hint}") from error
     except flags.Error as error:
@@ -158,6 +161,12 @@ def _parse_command_line(
     if recipe is None:
         raise _UsageError("--config=RECIPE is required; configs/ holds the recipes")
     return (load_config(recipe, overrides, config_type),)
+
+
+def _fields(config_type: type | tuple[type, ...] | None) -> list[str]:
+    """Return the top-level fields of what an experiment takes."""
+    types = config_type if isinstance(config_type, tuple) else (config_type,)
+    return [name for each in types if each is not None for name in field_types(each)]
 
 
 class _UsageError(ValueError):

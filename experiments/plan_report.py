@@ -12,6 +12,7 @@ from llm.parallel.collectives import Collective, bytes_by_axes
 from llm.parallel.config import MESH_AXES
 from llm.scaling.hardware import Slice, Wiring, wire_axes
 from llm.scaling.plan import Plan
+from llm.scaling.step_memory import StepMemory
 from llm.scaling.workload import mesh_sizes
 
 GB = 1e9
@@ -75,7 +76,8 @@ def _cost(config: PretrainConfig, where: Slice, plan: Plan) -> dict:
 def _describe_compiled(config: PretrainConfig, where: Slice, plan: Plan, found: Any) -> dict:
     """Return the compiler's account: what is not state or gradients is activations and scratch."""
     memory = plan.memory
-    known = memory.params + memory.optimizer + memory.gradients
+    gradients = memory.gradients + memory.gradient_sum
+    known = memory.params + memory.optimizer + gradients
     products = found.product_flops * where.num_chips
     wiring = wire_axes(where, config.mesh)
     sent = bytes_by_axes(found.collectives)
@@ -87,7 +89,7 @@ def _describe_compiled(config: PretrainConfig, where: Slice, plan: Plan, found: 
             "total": found.memory.height / GB,
             "parameters": memory.params / GB,
             "optimizer": memory.optimizer / GB,
-            "gradients": memory.gradients / GB,
+            "gradients": gradients / GB,
             "activations": (found.memory.height - known) / GB,
         },
         "product_flops": products,
@@ -139,7 +141,7 @@ def plan_text(report: Mapping[str, Any]) -> str:
         "",
         f"memory a chip, GB      {memory['total']:.2f} of {memory['limit']:.2f}: {verdict}",
     ]
-    for name in ("params", "optimizer", "gradients", "activations", "loss", "layer", "update"):
+    for name in (field.name for field in dataclasses.fields(StepMemory)):
         lines.append(f"  {name:<20} {memory[name]:.2f}")
     if compiled:
         split = ", ".join(f"{k} {v:.2f}" for k, v in compiled["memory_gb"].items() if k != "total")

@@ -4,7 +4,8 @@
 
 A sweep is a recipe (configs/sweep_tiny.py): fields and values, and where its members run: on this
 machine, as a SLURM array, or on a cloud by SkyPilot. Called again it goes on with members that are
-not finished; --report_only reads what there is.
+not finished, --retry_failed with those that failed elsewhere for all their retries, too;
+--report_only reads what there is.
 """
 
 import os
@@ -30,8 +31,12 @@ from llm.launch.skypilot import SkyPilotExecutor
 from llm.launch.slurm import SlurmExecutor
 from llm.parallel.mesh import ALONE
 from llm.training.files import absolute, is_local
+from llm.training.lock import Lock
 
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "List the members with their cost, and stop.")
+_RETRY_FAILED = flags.DEFINE_boolean(
+    "retry_failed", False, "Start members again that have used up their retries (slurm, skypilot)."
+)
 _REPORT_ONLY = flags.DEFINE_boolean("report_only", False, "Start nothing; report what there is.")
 
 _HOUSE = pathlib.Path(__file__).resolve().parent.parent
@@ -42,15 +47,23 @@ def main(sweep: SweepConfig) -> None:
     jax.config.update("jax_platforms", "cpu")  # the accelerators are the members'
     members = resolve(sweep)
     workdir = absolute(WORKDIR.value)
-    executor = make_executor(sweep, workdir)
     if _DRY_RUN.value:
+        executor = make_executor(sweep, members, workdir)
         print(listing(sweep, members))
-        print(executor.describe([job_of(sweep, member, workdir) for member in members]))
+        first = next(iter(rungs_of(sweep, members)), 0)
+        print(executor.describe([job_of(sweep, member, workdir, first) for member in members]))
         return
     over = _REPORT_ONLY.value
     if not over:
-        print(record_sweep(workdir, sweep, members))
-        over = run_members(sweep, members, workdir, executor)
+        executor = make_executor(sweep, members, workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = Lock(workdir)
+        lock.acquire()
+        try:
+            print(record_sweep(workdir, sweep, members))
+            over = run_members(sweep, members, workdir, executor)
+        finally:
+            lock.release()
 
     results = read_results(workdir, sweep, members)
     check_metric(results, sweep.metric)
@@ -76,8 +89,7 @@ def run_members(
     alive = list(members)
     if sweep.halving is None:
         forget_rungs(workdir)
-    lengths = [member.total_steps for member in members]
-    for step in rungs(sweep.halving, None if None in lengths else max(lengths)):
+    for step in rungs_of(sweep, members):
         if not executor.run([job_of(sweep, member, workdir, step) for member in alive]):
             return False
         alive = decide(workdir, sweep, alive, step)
@@ -85,7 +97,15 @@ def run_members(
     return executor.run([job_of(sweep, member, workdir) for member in alive])
 
 
-def make_executor(sweep: SweepConfig, workdir: epath.Path) -> Executor:
+def rungs_of(sweep: SweepConfig, members: Sequence[SweepMember]) -> Sequence[int]:
+    """Return the steps at which hopeless members end."""
+    lengths = [member.total_steps for member in members]
+    return rungs(sweep.halving, None if None in lengths else max(lengths))
+
+
+def make_executor(
+    sweep: SweepConfig, members: Sequence[SweepMember], workdir: epath.Path
+) -> Executor:
     """Return where the sweep's members run.
 
     Raises:
@@ -93,29 +113,30 @@ def make_executor(sweep: SweepConfig, workdir: epath.Path) -> Executor:
     """
     shared = is_local(workdir)
     if sweep.executor == "skypilot":
-        if shared and not (_DRY_RUN.value or _REPORT_ONLY.value):
+        if shared and not _DRY_RUN.value:
             raise ValueError(
                 f"workdir={workdir}: members of executor=skypilot run on other machines; give a "
                 "bucket, gs://… or s3://…"
             )
-        recipe = pathlib.Path(sweep.recipe.partition(":")[0])
-        carried = {} if _in_checkout(recipe) else {f"{_CARRIED}/{recipe.name}": str(recipe)}
-        return SkyPilotExecutor(sweep.skypilot, _HOUSE, carried)
+        recipes = {pathlib.Path(member.recipe.partition(":")[0]) for member in members}
+        carried = {f"{_CARRIED}/{r.name}": str(r) for r in recipes if not _in_checkout(r)}
+        again = _RETRY_FAILED.value
+        return SkyPilotExecutor(sweep.skypilot, _HOUSE, carried, retry_failed=again)
     if not shared:
         raise ValueError(
             f"workdir={workdir}: executor={sweep.executor} keeps its logs beside the members; give "
             "a directory"
         )
     if sweep.executor == "slurm":
-        return SlurmExecutor(sweep.slurm, workdir)
-    return LocalExecutor(sweep.local)
+        return SlurmExecutor(sweep.slurm, workdir, retry_failed=_RETRY_FAILED.value)
+    return LocalExecutor(sweep.local, metric=sweep.metric)
 
 
 def job_of(
     sweep: SweepConfig, member: SweepMember, workdir: epath.Path, stop_at_step: int = 0
 ) -> Job:
     """Return the command that runs a member, up to a step where one is given."""
-    file, _, argument = sweep.recipe.partition(":")
+    file, _, argument = member.recipe.partition(":")
     python, alone = sys.executable, ()
     if sweep.executor == "skypilot":
         python = "python"

@@ -11,7 +11,7 @@ from configs.schema import (
     SweepConfig,
 )
 from experiments.loading import is_workdir, load_model_config
-from experiments.sweep_members import SweepMember
+from experiments.sweep_members import SweepMember, members_given
 from llm.launch.halving import members_by_rung, rungs
 from llm.scaling.accounting import training_flops_per_token
 
@@ -96,6 +96,8 @@ def listing(sweep: SweepConfig, members: Sequence[SweepMember]) -> str:
         steps = "–" if member.total_steps is None else f"{member.total_steps:,}"
         lines.append(f"{member.name:{width}} {steps:>9} {_cells(cost)}")
     lines.append(f"{f'all {len(members)}':{width}} {'':>9} {_cells(total(costs))}")
+    if len(sweep.members) > len(members):
+        lines.append(members_given(sweep, members))
     if sweep.halving is not None:
         most = total_with_halving(sweep, members, costs)
         lines.append(f"{'at most, with halving':{width}} {'':>9} {_cells(most)}")

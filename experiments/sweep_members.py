@@ -32,6 +32,7 @@ class SweepMember(NamedTuple):
 
     name: str  # of its directory
     fields: Mapping[str, Any]  # as the sweep gives them
+    recipe: str  # the sweep's, unless the member has one of its own
     overrides: tuple[Override, ...]  # what is typed after the recipe, shared fields first
     config: Any  # the stage's, whole and checked
 
@@ -46,6 +47,8 @@ class SweepMember(NamedTuple):
 def resolve(sweep: SweepConfig) -> list[SweepMember]:
     """Return the members of a sweep, each once, with the configs that their runs will have.
 
+    `recipe` among a member's fields is no field of the stage: the member starts from that recipe.
+
     Raises:
       ConfigError: a member does not fit the stage's config; names it and the field.
     """
@@ -59,12 +62,13 @@ def resolve(sweep: SweepConfig) -> list[SweepMember]:
                 raise ConfigError(f"members[{i}]: its directory {name} is that of another member")
             continue  # random draws from lists repeat themselves
         whole = {k: v for each in (*sweep.shared, fields) for k, v in each.items()}
+        recipe = whole.pop("recipe", sweep.recipe)
         overrides = tuple(as_override(path, value) for path, value in whole.items())
         try:
-            config = load_config(sweep.recipe, overrides, config_type)
+            config = load_config(recipe, overrides, config_type)
         except ConfigError as error:
             raise ConfigError(f"members[{i}]: {error}") from error
-        members[name] = SweepMember(name, fields, overrides, config)
+        members[name] = SweepMember(name, fields, recipe, overrides, config)
     return list(members.values())
 
 
@@ -130,13 +134,23 @@ def record_sweep(workdir: epath.Path, sweep: SweepConfig, members: Sequence[Swee
     record = {"sweep": dataclasses.asdict(sweep) | {"members": None}, "members": now}
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(record, indent=1, default=str))
-    try:
-        base = dataclasses.asdict(load_config(sweep.recipe, [], STAGES[sweep.stage]))
-    except ConfigError:
-        base = {}  # a recipe that only its members complete
+    bases = {recipe: _base(recipe, sweep.stage) for recipe in {m.recipe for m in members}}
     for member in members:
-        _record_member(workdir / member.name, sweep, member, base)
-    return _changes(before, now) if before else f"{len(now)} members"
+        _record_member(workdir / member.name, sweep, member, bases[member.recipe])
+    return "\n".join([members_given(sweep, members), *(_changes(before, now) if before else ())])
+
+
+def members_given(sweep: SweepConfig, members: Sequence[SweepMember]) -> str:
+    """Return in words how many members there are, and how many more were given."""
+    repeats = len(sweep.members) - len(members)
+    return f"{len(members)} members" + (f" ({repeats} more repeat them)" if repeats else "")
+
+
+def _base(recipe: str, stage: str) -> dict[str, Any]:
+    try:
+        return dataclasses.asdict(load_config(recipe, [], STAGES[stage]))
+    except ConfigError:
+        return {}  # a recipe that only its members complete
 
 
 def _record_member(
@@ -145,7 +159,7 @@ def _record_member(
     difference = config_difference(base, dataclasses.asdict(member.config)) if base else {}
     record = {
         "stage": sweep.stage,
-        "recipe": sweep.recipe,
+        "recipe": member.recipe,
         "fields": _as_json(member.fields),
         "difference": {
             key: {"recipe": old, "member": new} for key, (old, new) in difference.items()
@@ -157,13 +171,12 @@ def _record_member(
         write_atomically(folder / _MEMBER, text)
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     added = [name for name in now if name not in before]
     gone = [name for name in before if name not in now]
-    lines = [f"{len(now)} members"]
-    lines += [f"{len(added)} new since the last start: {'; '.join(added)}"] if added else []
+    lines = [f"{len(added)} new since the last start: {'; '.join(added)}"] if added else []
     if gone:
         lines.append(
             f"{len(gone)} no longer in the sweep, their directories stay: {'; '.join(gone)}"
         )
-    return "\n".join(lines)
+    return lines

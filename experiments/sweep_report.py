@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ def write_sweep_report(workdir: epath.Path, sweep: SweepConfig, results: Sequenc
     found = measured(results)
     sections = [_best_section(sweep, found, workdir)] if found else []
     sections.append(_members_section(sweep, results, fields, costs))
+    if groups := over_seeds(found, fields, sweep.goal):
+        sections.append(_seeds_section(sweep, groups, fields))
     if found:
         sections.append(_figures_section(sweep, found, fields, [rung["step"] for rung in decided]))
     if decided:
@@ -91,7 +94,7 @@ def _members_section(
     fields: Sequence[str],
     costs: Mapping[str, Cost],
 ) -> Section:
-    columns = (*fields, sweep.metric, "Step", "State", "Starts' seconds", "FLOPs")
+    columns = (*fields, sweep.metric, "Step", "State", "Seconds", "FLOPs")
     rows = tuple(
         (
             *(format_value(result.member.fields.get(field)) for field in fields),
@@ -111,9 +114,48 @@ def _members_section(
     return Section("Members", tables=(Table(columns, rows, caption, 4, bold),))
 
 
+def over_seeds(
+    found: Sequence[Result], fields: Sequence[str], goal: str
+) -> list[tuple[tuple[Any, ...], list[float]]]:
+    """Return the metrics of members that are done and differ in seeds alone, by their other fields,
+    the best mean first; nothing where no two do."""
+    others, groups = _without_seeds(fields), {}
+    for result in (each for each in found if each.state == "done"):
+        key = tuple(format_value(result.member.fields.get(field)) for field in others)
+        groups.setdefault(key, []).append(result.value)
+    if max(map(len, groups.values()), default=0) < 2:
+        return []
+    sign = 1 if goal == "min" else -1
+    return sorted(groups.items(), key=lambda group: sign * statistics.fmean(group[1]))
+
+
+def _without_seeds(fields: Sequence[str]) -> list[str]:
+    return [field for field in fields if field.rpartition(".")[2] != "seed"]
+
+
+def _seeds_section(
+    sweep: SweepConfig,
+    groups: Sequence[tuple[tuple[Any, ...], Sequence[float]]],
+    fields: Sequence[str],
+) -> Section:
+    rows = tuple(
+        (
+            *key,
+            statistics.fmean(values),
+            statistics.stdev(values) if len(values) > 1 else None,
+            len(values),
+        )
+        for key, values in groups
+    )
+    columns = (*_without_seeds(fields), f"Mean {sweep.metric}", "Standard deviation", "Seeds")
+    text = "Members that are done and differ in seeds alone, together; the best mean first."
+    return Section("Over seeds", text, (Table(columns, rows, "", 4),))
+
+
 def _figures_section(
     sweep: SweepConfig, found: Sequence[Result], fields: Sequence[str], rungs: Sequence[int]
 ) -> Section:
+    fields = _without_seeds(fields)
     figures = [curves_figure(found, sweep.metric, sweep.goal, rungs)]
     if fields and len(found) > 1:
         figures.append(parallel_figure(found, fields, sweep.metric, sweep.goal))

@@ -69,7 +69,9 @@ class SkyPilotConfig:
     disk_gigabytes: int = 200
     extras: tuple[str, ...] = ()  # of pyproject.toml, besides those of devices and bucket
     runtime_version: str = ""  # of TPU VMs; empty: that of the table of slices
-    env: dict[str, str] = dataclasses.field(default_factory=dict)
+    env: dict[str, str] = dataclasses.field(default_factory=dict)  # kept in sweep.json, as all is
+    # Environment variables of this machine that tasks are given; only their names are kept.
+    secrets: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_ranges(

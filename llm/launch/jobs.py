@@ -3,6 +3,7 @@
 What an executor needs to know of a member of a sweep, and all that it has to leave behind.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -14,7 +15,7 @@ from etils import epath
 from llm.parallel.aborts import LOST_PEER_EXIT_CODE
 from llm.training.files import append_json_line, is_local, read_json_lines
 from llm.training.manifests import CHECKPOINTS, CorruptStepError, list_steps, read_manifest
-from llm.training.metrics import METRICS
+from llm.training.metrics import METRICS, decode_row
 from llm.training.preemption import EXIT_CODE
 
 STARTS = "starts.jsonl"  # in a job's folder: one line for each start that has ended
@@ -22,7 +23,7 @@ LOG = "launch.log"  # what its starts have printed
 USER_ERROR = 2  # what no further start would mend (experiments/entry.py)
 
 GO_ON = (EXIT_CODE, LOST_PEER_EXIT_CODE)  # all is saved: start again
-_TAIL_BYTES, _TAIL_LINES = 8192, 12
+_TAIL_BYTES, _TAIL_LINES = 65536, 12
 
 
 class Job(NamedTuple):
@@ -32,6 +33,10 @@ class Job(NamedTuple):
     command: tuple[str, ...]
     folder: epath.Path  # its workdir
     stop_at_step: int = 0  # how far it is to run; 0: to its end
+
+
+class LaunchError(RuntimeError):
+    """Where jobs were to run, they were refused."""
 
 
 class Executor(Protocol):
@@ -102,13 +107,12 @@ def tail(folder: epath.Path) -> str:
 
 
 def last_metrics(folder: epath.Path) -> dict[str, Any]:
-    """Return the last whole line of a job's metrics; {} where there is none yet."""
-    for line in reversed(_last_bytes(folder / METRICS).split(b"\n")):
-        try:
-            return json.loads(line)
-        except ValueError:  # torn at either end
-            continue
-    return {}
+    """Return the newest value of each of a job's metrics; {} where there is none yet."""
+    newest: dict[str, Any] = {}
+    for line in _last_bytes(folder / METRICS).split(b"\n"):
+        with contextlib.suppress(ValueError):  # torn at either end
+            newest |= decode_row(json.loads(line))
+    return newest
 
 
 def _last_bytes(path: epath.Path) -> bytes:

@@ -15,12 +15,13 @@ _REFRESH_SECONDS = 1.0
 
 
 class LiveTable:
-    """Shows how jobs stand, for use in a `with` statement."""
+    """Shows how jobs stand, with their loss and one more metric, for use in a `with` statement."""
 
-    def __init__(self, jobs: Sequence[Job], stream=None):
+    def __init__(self, jobs: Sequence[Job], metric: str = "", stream=None):
         self._console = rich.console.Console(file=stream or sys.stderr, highlight=False)
         self._states = dict.fromkeys((job.name for job in jobs), "waits")
         self._folders = {job.name: job.folder for job in jobs}
+        self._metric = metric
         self._live: rich.live.Live | None = None
         self._shown = float("-inf")
 
@@ -66,5 +67,9 @@ class LiveTable:
         last = last_metrics(self._folders[name])
         if "step" not in last:
             return ""
-        loss = describe(last.get("train/loss"), 0, None, None, None)
-        return f", step {last['step']}" + (f", {loss}" if loss else "")
+        figures = [f", step {last['step']}"]
+        if loss := describe(last.get("train/loss"), 0, None, None, None):
+            figures.append(loss)
+        if self._metric != "train/loss" and last.get(self._metric) is not None:
+            figures.append(f"{self._metric} {last[self._metric]:.4g}")
+        return ", ".join(figures)

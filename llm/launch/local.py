@@ -47,10 +47,15 @@ class _Running(NamedTuple):
 
 
 class LocalExecutor:
-    """See LocalConfig. `stream` is where the table goes, standard error by default."""
+    """See LocalConfig. The table shows `metric` and goes to `stream`, standard error by default.
 
-    def __init__(self, config: LocalConfig, *, stream=None):
-        self._config, self._stream = config, stream
+    Raises:
+      ValueError: there are fewer cores than jobs at a time.
+    """
+
+    def __init__(self, config: LocalConfig, *, metric: str = "", stream=None):
+        self._config, self._slots = config, make_slots(config)
+        self._metric, self._stream = metric, stream
 
     def describe(self, jobs: Sequence[Job]) -> str:
         """Return how many jobs run at a time, and the command of the first."""
@@ -63,10 +68,10 @@ class LocalExecutor:
           SystemExit: told to leave; 75 where every job has saved, 130 where some were killed.
         """
         waiting = collections.deque((job, 1) for job in jobs if not is_done(job))
-        free, running, told = make_slots(self._config), [], 0
+        free, running, told = list(self._slots), [], 0
         with (
             _watch_signals() as asked,
-            LiveTable([job for job, _ in waiting], self._stream) as table,
+            LiveTable([job for job, _ in waiting], self._metric, self._stream) as table,
             _told_to_leave_on_error(running),
         ):
             while running or (waiting and not asked):

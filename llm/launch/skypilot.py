@@ -5,14 +5,18 @@ spot slice is taken away SkyPilot finds another, where the same command goes on.
 """
 
 import json
+import os
 import pathlib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
+import rich.text
+
 from llm.launch.config import SkyPilotConfig
-from llm.launch.jobs import GO_ON, Job, is_done
+from llm.launch.jobs import GO_ON, Job, LaunchError, is_done
 from llm.launch.slices import find_slice
 from llm.training.files import text_digest
 
@@ -36,13 +40,20 @@ class SkyPilotExecutor:
     """See SkyPilotConfig.
 
     `source` is the checkout that is copied to the slice, `files` further local files by where they
-    are to lie there.
+    are to lie there. With `retry_failed` tasks that failed, for all their retries, are launched
+    once more.
     """
 
     def __init__(
-        self, config: SkyPilotConfig, source: pathlib.Path, files: dict[str, str] | None = None
+        self,
+        config: SkyPilotConfig,
+        source: pathlib.Path,
+        files: dict[str, str] | None = None,
+        *,
+        retry_failed: bool = False,
     ):
         self._config, self._source, self._files = config, source, files or {}
+        self._retry_failed = retry_failed
         self._slice = find_slice(config.slice)
 
     def task_configs(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
@@ -53,40 +64,40 @@ class SkyPilotExecutor:
         """Return how many tasks there are, and the first as `sky jobs launch` takes it: YAML, of
         which JSON is a part."""
         tasks = self.task_configs(jobs)
-        return f"{len(tasks)} tasks, the first:\n{json.dumps(tasks[0], indent=1)}"
+        first = tasks[0] | {"secrets": dict.fromkeys(self._config.secrets, "…")}
+        return f"tasks: {len(tasks)}, the first:\n{json.dumps(first, indent=1)}"
 
     def run(self, jobs: Sequence[Job]) -> bool:
         """Launch a managed job for each task that is not on its way.
 
-        Over are also tasks that have failed, for all their retries: to try one again, launch it by
-        hand, or change a field of its members.
+        Over are also tasks that have failed, for all their retries.
 
         Raises:
-          ImportError: SkyPilot is not installed.
+          LaunchError: SkyPilot is not installed, or refuses, with what it said.
         """
         try:
             import sky
         except ImportError as error:
-            raise ImportError(
-                'executor="skypilot" needs the package skypilot: pip install -e ".[launch]"'
+            raise LaunchError(
+                'executor="skypilot" needs the package skypilot, in an environment of its own: '
+                "pip install -c constraints-launch.txt -e '.[launch]'"
             ) from error
         # Grouped first: a task keeps its name while some of its jobs are done and others are not.
         left = [group for group in self._grouped(jobs) if not all(map(is_done, group))]
         tasks, on_their_way = [self._task(group) for group in left], False
-        queued = sky.get(sky.jobs.queue(refresh=False, skip_finished=False)) if tasks else []
-        states = {row["job_name"]: row["status"] for row in reversed(queued)}  # the newest last
+        states = _states(sky) if tasks else {}
         for config in tasks:
             task = sky.Task.from_yaml_config(config)
             state = states.get(task.name)
-            if state is not None and state.is_failed():
+            if state is not None and state.is_failed() and not self._retry_failed:
                 print(f"{task.name}: {state.value}; see `sky jobs logs`")
                 continue
             on_their_way = True
             if state is not None and not state.is_terminal():
                 print(f"{task.name}: on its way")
                 continue
-            request = sky.jobs.launch(task, name=task.name)
-            print(f"{task.name}: managed job {sky.get(request)[0]}")
+            (number,), _ = _ask(sky, sky.jobs.launch, task, name=task.name)
+            print(f"{task.name}: managed job {number}")
         return not on_their_way
 
     def _grouped(self, jobs: Sequence[Job]) -> list[Sequence[Job]]:
@@ -117,6 +128,7 @@ class SkyPilotExecutor:
             "num_nodes": 1 if found.runtime_version else config.nodes,
             "resources": resources,
             "envs": dict(config.env),
+            "secrets": {name: _from_environment(name) for name in config.secrets},
             "file_mounts": dict(self._files),
             "setup": _SETUP.format(extras=",".join((device, store, *config.extras))),
             "run": self._commands(jobs),
@@ -136,6 +148,35 @@ class SkyPilotExecutor:
             for job in jobs
         ]
         return "".join([". ~/venv/bin/activate || exit\nworst=0\n", *lines, 'exit "$worst"\n'])
+
+
+def _from_environment(name: str) -> str:
+    if name not in os.environ:
+        raise LaunchError(f"skypilot.secrets: {name} is not set in this environment; export it")
+    return os.environ[name]
+
+
+def _states(sky: ModuleType) -> dict[str, Any]:
+    """Return the ManagedJobStatus of the newest managed job of each name."""
+    # Refreshed: a controller that has stopped, idle, is started, for it alone knows who failed.
+    try:
+        rows, *_ = _ask(sky, sky.jobs.queue_v2, refresh=True)
+    except sky.exceptions.ClusterDoesNotExist:
+        return {}  # no controller, so nothing was ever launched
+    return {row.job_name: row.status for row in sorted(rows, key=lambda row: row.job_id)}
+
+
+def _ask(sky: ModuleType, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return what a request of SkyPilot's came to; what it refuses is the user's to mend."""
+    try:
+        return sky.get(function(*args, **kwargs))
+    except sky.exceptions.ClusterDoesNotExist:
+        raise
+    except Exception as error:
+        if type(error).__module__ != sky.exceptions.__name__:
+            raise
+        told = rich.text.Text.from_ansi(str(error)).plain
+        raise LaunchError(f"SkyPilot: {' '.join(told.split())}") from error
 
 
 def _task_name(jobs: Sequence[Job]) -> str:

@@ -1,7 +1,7 @@
 """TPU slices and GPU hosts by their short names, as SkyPilot calls them. Third floor.
 
-From Google's pages on each TPU version. The number after v2 to v5p counts TensorCores, two a chip;
-after v5e and v6e it counts chips.
+From Google's pages on each TPU version. The number after v4 and v5p counts TensorCores, two a chip;
+after v5e and v6e it counts chips, of which a host of one chip or four can be had, too.
 """
 
 import re
@@ -22,11 +22,12 @@ class _Version(NamedTuple):
 
 
 _POWERS = tuple(2**k for k in range(3, 13))
+_LITE = (1, 4, *_POWERS[:6])
 _VERSIONS = {
     "v4": _Version("tpu-v4", "tpu-ubuntu2204-base", _POWERS),
-    "v5e": _Version("tpu-v5litepod", "v2-alpha-tpuv5-lite", _POWERS[:6]),
-    "v5p": _Version("tpu-v5p", "v2-alpha-tpuv5", (*_POWERS, 6144, 12288)),
-    "v6e": _Version("tpu-v6e", "v2-alpha-tpuv6e", _POWERS[:6]),
+    "v5e": _Version("tpu-v5litepod", "v2-alpha-tpuv5-lite", _LITE),
+    "v5p": _Version("tpu-v5p", "v2-alpha-tpuv5", (*_POWERS[:4], *range(128, 12289, 128))),
+    "v6e": _Version("tpu-v6e", "v2-alpha-tpuv6e", _LITE),
 }
 _GPUS = ("A100", "A100-80GB", "H100", "H200", "B200", "L4")
 
@@ -47,5 +48,8 @@ def find_slice(name: str) -> Slice:
         known = "; ".join(
             f"{kind}-{each.sizes[0]} to {kind}-{each.sizes[-1]}" for kind, each in _VERSIONS.items()
         )
-        raise ValueError(f"slice {name}: slices are {known}, by powers of two, or GPUs as H100:8")
+        raise ValueError(
+            f"slice {name}: slices are {known}, by powers of two (v5p from 128 on by 128), or GPUs "
+            "as H100:8"
+        )
     return Slice(f"{version.accelerator}-{number}", version.runtime_version)

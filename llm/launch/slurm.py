@@ -14,12 +14,22 @@ from typing import Any
 from etils import epath
 
 from llm.launch.config import SlurmConfig
-from llm.launch.jobs import GO_ON, LOG, STARTS, USER_ERROR, Job, is_done, read_starts
+from llm.launch.jobs import (
+    GO_ON,
+    LOG,
+    STARTS,
+    USER_ERROR,
+    Job,
+    LaunchError,
+    is_done,
+    read_starts,
+)
 from llm.training.files import absolute, append_json_line, read_json_lines, write_atomically
 
 _SUBMITTED = "submitted.jsonl"  # {"job": id, "members": [[name, stop_at_step], ...]} a line
 
-# `--signal` without B: reaches the steps, which are the members, and not this script.
+# `--signal` without B: reaches the steps, which are the members, and not this script. Cores a task
+# are said to srun too, which since SLURM 22.05 does not take them over from sbatch.
 _SCRIPT = """#!/bin/bash
 {directives}
 folder=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {lists}.folders)
@@ -27,7 +37,7 @@ command=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {lists}.commands)
 starts=${{SLURM_RESTART_COUNT:-0}}
 began=$(date +%s)
 {setup}
-srun --kill-on-bad-exit=1 bash -c "exec $command" >> "$folder/{log}" 2>&1
+srun --kill-on-bad-exit=1{step} bash -c "exec $command" >> "$folder/{log}" 2>&1
 code=$?
 printf '{{"time":"%s","stop_at_step":{stop_at_step},"exit_code":%d,"seconds":%d}}\\n' \\
   "$(date -Iseconds)" "$code" "$(($(date +%s) - began))" >> "$folder/{starts}"
@@ -39,10 +49,14 @@ exit "$code"
 
 
 class SlurmExecutor:
-    """See SlurmConfig. `folder` is on a file system that the nodes share; it keeps the scripts."""
+    """See SlurmConfig. `folder` is on a file system that the nodes share; it keeps the scripts.
 
-    def __init__(self, config: SlurmConfig, folder: epath.Path):
+    With `retry_failed` jobs that have failed as often as they may are submitted once more.
+    """
+
+    def __init__(self, config: SlurmConfig, folder: epath.Path, *, retry_failed: bool = False):
         self._config, self._folder = config, absolute(folder) / "slurm"
+        self._retry_failed = retry_failed
 
     def describe(self, jobs: Sequence[Job]) -> str:
         """Return the script that `run` would submit."""
@@ -51,19 +65,19 @@ class SlurmExecutor:
     def run(self, jobs: Sequence[Job]) -> bool:
         """Submit an array of the jobs that are neither over nor in the queue.
 
-        Over are also those that have failed as often as they may: to try one again, remove its
-        starts.jsonl.
+        Over are also those that have failed as often as they may.
 
         Raises:
           FileNotFoundError: there is no sbatch here.
-          RuntimeError: SLURM refuses, with what it said.
+          LaunchError: SLURM refuses, with what it said.
         """
-        left = [job for job in jobs if not is_done(job) and not self._given_up(job)]
         queued = self._queued()
-        new = [job for job in left if [job.name, job.stop_at_step] not in queued]
+        left = [job for job in jobs if not is_done(job)]
+        others = [job for job in left if [job.name, job.stop_at_step] not in queued]
+        new = [job for job in others if self._retry_failed or not self._given_up(job)]
         if new:
             self._submit(new)
-        return not left
+        return not new and len(others) == len(left)
 
     def _given_up(self, job: Job) -> bool:
         codes = [row["exit_code"] for row in read_starts(job.folder)]
@@ -108,6 +122,7 @@ class SlurmExecutor:
             directives="\n".join(f"#SBATCH {each}" for each in self._directives(jobs, lists)),
             lists=shlex.quote(str(lists)),
             setup=self._config.setup,
+            step=f" --cpus-per-task={cores}" if (cores := self._config.cpus_per_task) else "",
             log=LOG,
             starts=STARTS,
             stop_at_step=jobs[0].stop_at_step,
@@ -138,5 +153,5 @@ class SlurmExecutor:
 def _ask(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{command[0]} refused ({done.returncode}): {done.stderr.strip()}")
+        raise LaunchError(f"{command[0]} refused ({done.returncode}): {done.stderr.strip()}")
     return done.stdout

@@ -27,7 +27,8 @@ class StepMemory:
 
     params: float
     optimizer: float
-    gradients: float  # of a microbatch, and their sum where there are several
+    gradients: float  # of a microbatch
+    gradient_sum: float  # of several
     activations: float  # kept from the forward for the backward pass
     loss: float  # gathered head, its gradient, a tile's logits
     layer: float  # gathered weights and what a layer's backward pass works with
@@ -37,9 +38,9 @@ class StepMemory:
     @property
     def total(self) -> float:
         """The most that lives at once: in the loss, a layer's backward pass, or the update."""
-        always = self.params + self.optimizer + self.batch
-        inside = self.activations + max(self.loss, self.layer)
-        return always + self.gradients + max(inside, self.update)
+        always = self.params + self.optimizer + self.gradient_sum + self.batch
+        inside = self.activations + max(self.loss, self.gradients + self.layer)
+        return always + max(inside, self.gradients + self.update)
 
 
 def count_step_memory(workload: Workload, sizes: Sizes) -> StepMemory:
@@ -47,16 +48,15 @@ def count_step_memory(workload: Workload, sizes: Sizes) -> StepMemory:
     arrays, params = state_arrays(workload), param_arrays(workload)
     local = sum(a.size / a.parts(sizes) for a in params)
     itemsize = workload.itemsize
-    # Of a microbatch, in float32; and, where there are several, their sum. Beside them the layers'
-    # parameters in the type that is computed in, made before the loop over layers.
-    several = workload.accumulate_steps > 1
+    # The layers' parameters in the type that is computed in, made before the loop over layers.
     cast = itemsize * local if itemsize < 4 else 0.0
     return StepMemory(
         params=sum(a.size * a.itemsize / a.parts(sizes) for a in params),
         optimizer=sum(a.size * a.itemsize / a.parts(sizes) for a in arrays if not a.names),
-        gradients=(4 + 4 * several) * local,
+        gradients=4 * local,  # float32
+        gradient_sum=4 * local if workload.accumulate_steps > 1 else 0.0,
         activations=kept_bytes(workload, sizes) + cast,
-        loss=_loss_bytes(workload, sizes) - 4 * local,  # whose gradients come later
+        loss=_loss_bytes(workload, sizes),
         layer=_layer_bytes(workload, sizes),
         update=_update_bytes(workload, sizes),
         batch=5 * 4 * workload.tokens / batch_parts(sizes) / sizes["context"],

@@ -56,10 +56,12 @@ def encode(value: float | int | str) -> float | int | str:
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, float | int]]:
     """Return the lines of a workdir's metrics.jsonl; not-finite values are floats again."""
-    rows = read_json_lines(absolute(workdir) / METRICS)
-    return [
-        {name: float(x) if isinstance(x, str) else x for name, x in row.items()} for row in rows
-    ]
+    return [decode_row(row) for row in read_json_lines(absolute(workdir) / METRICS)]
+
+
+def decode_row(row: Mapping[str, Any]) -> dict[str, float | int]:
+    """Return a line of metrics.jsonl as it was written: not-finite values are floats again."""
+    return {name: float(x) if isinstance(x, str) else x for name, x in row.items()}
 
 
 class JsonLog:

@@ -102,6 +102,7 @@ def start(folder, *arguments, jax=False, **options) -> subprocess.CompletedProce
     ("arguments", "line"),
     [
         (["--wrkdir=w"], "error: unknown flag --wrkdir; did you mean --workdir?"),
+        (["--tensor=2"], "error: unknown flag --tensor; did you mean --config.tensor?"),
         (["--zzzzz=w"], "error: unknown flag --zzzzz; --help lists the flags"),
         ([], "error: --workdir is required"),
         (["--workdir=w", "go"], "error: unexpected argument 'go': flags are --name=value"),

@@ -17,6 +17,7 @@ from experiments.sweep_members import resolve
 from experiments.sweep_report import write_sweep_report
 from experiments.sweep_results import Result, read_results
 from llm.training.loading import load_params
+from llm.training.lock import Lock
 from llm.training.metrics import read_metrics
 from tests.e2e.life import write_life
 from tests.faults.harness import finish, start, wait_until
@@ -70,7 +71,9 @@ def folder(tmp_path):
 def test_it_is_listed_before_anything_runs_and_a_typo_is_one_line(folder):
     listed_only = outcome(sweep(folder, "--dry_run"))
     assert "learning_rate=0.0001" in listed_only and "at most, with halving" in listed_only
-    assert "--config.optimizer.learning_rate=0.0001 --process=alone" in listed_only
+    # as it is started: up to the first rung
+    started = "--config.optimizer.learning_rate=0.0001 --config.run.stop_at_step=3 --process=alone"
+    assert started in listed_only
     assert not (folder / "sweep").exists()
     (folder / "sweep.py").write_text(
         (folder / "sweep.py").read_text().replace("total_steps", "totel_steps")
@@ -79,6 +82,14 @@ def test_it_is_listed_before_anything_runs_and_a_typo_is_one_line(folder):
     assert typo == (
         "error: members[0]: config has no field 'totel_steps'; did you mean total_steps?\n"
     )
+
+
+def test_a_second_sweep_in_a_workdir_is_refused(folder):
+    (folder / "sweep").mkdir()
+    lock = Lock(folder / "sweep")
+    lock.acquire()
+    assert "is in use by process" in outcome(sweep(folder), expect=2)
+    lock.release()
 
 
 @pytest.mark.long
@@ -151,6 +162,27 @@ def test_the_report_shows_every_member_and_draws_every_field(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["best"] == results[0].member.name and len(summary["members"]) == 6
     assert summary["members"][-2]["eval/all/loss"] is None  # NaN
+
+
+def test_seeds_are_taken_together_and_the_best_mean_is_first(tmp_path):
+    sweep = SweepConfig(
+        recipe="configs/pretrain_tiny.py",
+        members=grid({"optimizer.learning_rate": [1e-3, 1e-2], "seed": [1, 2]}),
+        metric="eval/all/loss",
+    )
+    values = (3.0, 5.0, 3.5, 3.7)  # the best one is of the worse rate
+    results = [
+        Result(member, "done", value, 2, 1.0, [{"step": 2, "eval/all/loss": value}], "")
+        for member, value in zip(resolve(sweep), values, strict=True)
+    ]
+    ended = results[0]._replace(value=9.0, state="stopped at step 1")  # it was not to its end
+    results.append(ended)
+    write_sweep_report(epath.Path(tmp_path), sweep, results)
+    text = (tmp_path / "report.md").read_text().partition("## Over seeds")[2]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 0")]
+    assert rows == [["0.01", "3.6000", "0.1414", "2"], ["0.001", "4.0000", "1.4142", "2"]]
+    drawn = {file.stem for file in (tmp_path / "report_figures").iterdir()}
+    assert drawn == {"curves", "parallel-coordinates", "field-optimizer-learning-rate"}
 
 
 def test_a_sweep_of_which_nothing_has_run_has_a_report(tmp_path):

@@ -108,13 +108,33 @@ def test_a_sweep_that_says_nothing_is_refused(given, said):
 
 
 def test_equal_members_run_once_and_shared_fields_show_in_no_name():
-    members = resolve(sweep_of((*RATES, *RATES[:1]), shared=listed({"total_steps": 7})))
+    sweep = sweep_of((*RATES, *RATES[:1]), shared=listed({"total_steps": 7}))
+    members = resolve(sweep)
+    assert "3 members (1 more repeat them)" in listing(sweep, members).splitlines()
     assert [member.name for member in members] == [f"learning_rate={x}" for x in (0.01, 0.02, 0.04)]
     assert all(member.config.total_steps == 7 == member.total_steps for member in members)
     assert varying_fields(members) == ["optimizer.learning_rate"]
 
 
 # ------------------------------------------------------------------------------ records
+
+
+def test_a_member_may_have_a_recipe_of_its_own(tmp_path):
+    recipes = grid({"recipe": ["configs/depth.py:2", "configs/depth.py:4"], "seed": [1]})
+    sweep = sweep_of(recipes + listed({"seed": 1}), executor="skypilot")
+    members = resolve(sweep)
+    assert [m.config.model.num_layers for m in members] == [2, 4, 2]
+    assert [m.recipe for m in members] == ["configs/depth.py:2", "configs/depth.py:4", RECIPE]
+    assert len({member.name for member in members}) == 3
+    command = job_of(sweep, members[1], epath.Path("gs://bucket/sweep")).command
+    assert command[3] == "--config=configs/depth.py:4" and not any(
+        "recipe=" in c for c in command[5:]
+    )
+    record_sweep(epath.Path(tmp_path), sweep, members)
+    kept = json.loads((tmp_path / members[1].name / "member.json").read_text())
+    assert kept["recipe"] == "configs/depth.py:4" and list(kept["difference"]) == ["seed"]
+    with pytest.raises(FileNotFoundError, match="no recipe 'configs/dept.py'; did you mean"):
+        resolve(sweep_of(listed({"recipe": "configs/dept.py"})))
 
 
 def test_a_workdir_keeps_what_a_member_differs_in(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,14 +15,18 @@ from etils import epath
 from llm.launch.config import LocalConfig
 from llm.launch.jobs import LOG, Job, is_done, read_starts, tail
 from llm.launch.local import LocalExecutor, make_slots
+from llm.training.metrics import encode
 
+# Ends when it, or an earlier one, has seen another beside it.
 SEEN = """
-import json, os, sys, time
+import json, os, pathlib, time
 begin = time.monotonic()
-time.sleep(0.4)
-print(json.dumps({"cores": sorted(os.sched_getaffinity(0)), "begin": begin,
+(pathlib.Path({folder!r}) / str(os.getpid())).touch()
+while len(os.listdir({folder!r})) < 2 and time.monotonic() - begin < 60:
+    time.sleep(0.01)
+print(json.dumps({{"cores": sorted(os.sched_getaffinity(0)), "begin": begin,
                   "end": time.monotonic(), "omp": os.environ.get("OMP_NUM_THREADS"),
-                  "cuda": os.environ.get("CUDA_VISIBLE_DEVICES")}))
+                  "cuda": os.environ.get("CUDA_VISIBLE_DEVICES")}}))
 """
 
 
@@ -40,7 +45,8 @@ def test_two_at_a_time_each_on_its_cores_and_gpus(tmp_path):
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         pytest.skip("one core")
-    jobs = jobs_of(tmp_path, *[SEEN] * 5)
+    (tmp_path / "seen").mkdir()
+    jobs = jobs_of(tmp_path, *[SEEN.format(folder=str(tmp_path / "seen"))] * 5)
     assert LocalExecutor(LocalConfig(parallel=2, cuda_devices=("0,1", "2,3"))).run(jobs)
     found = [json.loads(tail(job.folder)) for job in jobs]
     for each in found:
@@ -59,7 +65,7 @@ def test_shares_of_cores(monkeypatch):
     assert [slot.cores for slot in make_slots(LocalConfig(parallel=3))] == [(0, 1), (2, 3), (8, 9)]
     assert [slot.cores for slot in make_slots(LocalConfig(parallel=9, pin_cores=False))] == [()] * 9
     with pytest.raises(ValueError, match="local.parallel=8: there are 7 cores"):
-        make_slots(LocalConfig(parallel=8))
+        LocalExecutor(LocalConfig(parallel=8))
 
 
 def test_a_failure_is_tried_again_and_a_mistake_is_not(tmp_path, capsys):
@@ -168,12 +174,27 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_a_member_that_diverges_is_shown_as_any_other(tmp_path, capsys):
+    (job,) = jobs_of(tmp_path, "print('hello')")
+    job.folder.mkdir()
+    with (job.folder / "metrics.jsonl").open("w") as file:
+        file.write(
+            json.dumps({"step": 7, "train/loss": encode(math.nan), "eval/x": encode(math.inf)})
+        )
+    LocalExecutor(LocalConfig(pin_cores=False), metric="eval/x").run([job])
+    assert "step 7, loss nan, eval/x inf" in capsys.readouterr().err
+
+
 def test_a_terminal_gets_a_table(tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     (job,) = jobs_of(tmp_path, "print('hello')")
     job.folder.mkdir()
-    (job.folder / "metrics.jsonl").write_text('{"step":7,"train/loss":2.5}\n{"step":8,"tr')
+    # an evaluation's line has no training loss; the last line is torn
+    lines = '{"step":7,"train/loss":2.5}\n{"step":8,"eval/all/loss":3.5}\n{"step":9,"tr'
+    (job.folder / "metrics.jsonl").write_text(lines)
     stream = Terminal()
-    LocalExecutor(LocalConfig(pin_cores=False), stream=stream).run([job])
+    LocalExecutor(LocalConfig(pin_cores=False), metric="eval/all/loss", stream=stream).run([job])
     last = stream.getvalue().rpartition("member")[2]
-    assert all(text in last for text in ("m0", "done after 0 s", "step 7, loss 2.5"))
+    assert all(
+        text in last for text in ("m0", "done after 0 s", "step 8, loss 2.5, eval/all/loss 3.5")
+    )

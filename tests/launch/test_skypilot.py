@@ -8,12 +8,13 @@ import inspect
 import pathlib
 import shlex
 import subprocess
+import sys
 
 import pytest
 from etils import epath
 
 from llm.launch.config import SkyPilotConfig
-from llm.launch.jobs import Job, record_start
+from llm.launch.jobs import Job, LaunchError, record_start
 from llm.launch.skypilot import SkyPilotExecutor
 
 HOUSE = pathlib.Path(__file__).resolve().parents[2]
@@ -98,9 +99,23 @@ def test_the_schema_and_the_catalog_refuse_what_is_not(sky):
             sky.Task.from_yaml_config(elsewhere).validate()
 
 
+def test_secrets_reach_the_task_and_nothing_that_is_shown_or_kept(sky, monkeypatch):
+    config = SkyPilotConfig(secrets=("HF_TOKEN",))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(LaunchError, match="skypilot.secrets: HF_TOKEN is not set"):
+        SkyPilotExecutor(config, HOUSE).describe(jobs_of(1))
+    monkeypatch.setenv("HF_TOKEN", "hf_1234")
+    executor = SkyPilotExecutor(config, HOUSE)
+    task = sky.Task.from_yaml_config(executor.task_configs(jobs_of(1))[0])
+    assert task.secrets["HF_TOKEN"].get_secret_value() == "hf_1234"
+    assert "HF_TOKEN" in executor.describe(jobs_of(1))
+    assert "hf_1234" not in executor.describe(jobs_of(1)) + repr(config)
+
+
 def run_under_stand_ins(sky, monkeypatch):
     """Stand in for the two calls that need a server, bound by the real signatures; return the tasks
-    that are launched, and the state of each in the queue."""
+    that are launched, and the state of each in the queue. As of a real server without a controller,
+    which the first launch makes, the queue of none is an error."""
     launched, states = [], {}
 
     def launch(*args, **kwargs):
@@ -109,14 +124,21 @@ def run_under_stand_ins(sky, monkeypatch):
         return [len(launched)], None
 
     def queue(*args, **kwargs):
-        inspect.signature(real["queue"]).bind(*args, **kwargs)
+        inspect.signature(real["queue_v2"]).bind(*args, **kwargs)
+        if not launched:
+            raise sky.exceptions.ClusterDoesNotExist("Cluster 'sky-jobs-controller' does not exist")
         running = sky.jobs.ManagedJobStatus.RUNNING
-        rows = [{"job_name": t.name, "status": states.get(t.name, running)} for t in launched]
-        return rows[::-1]  # the newest first
+        rows = [
+            ManagedJobRecord(job_id=i, job_name=t.name, status=states.get(t.name, running))
+            for i, t in enumerate(launched)
+        ]
+        return rows[::-1], len(rows), {}, len(rows)  # the newest first
 
-    real = {"launch": sky.jobs.launch, "queue": sky.jobs.queue}
+    from sky.schemas.api.responses import ManagedJobRecord
+
+    real = {"launch": sky.jobs.launch, "queue_v2": sky.jobs.queue_v2}
     monkeypatch.setattr(sky.jobs, "launch", launch)
-    monkeypatch.setattr(sky.jobs, "queue", queue)
+    monkeypatch.setattr(sky.jobs, "queue_v2", queue)
     monkeypatch.setattr(sky, "get", lambda request: request)
     return launched, states
 
@@ -141,6 +163,25 @@ def test_jobs_are_launched_once(sky, monkeypatch, capsys):
     assert len(launched) == 4 and launched[3].name == launched[1].name
     states |= dict.fromkeys((task.name for task in launched), status.FAILED)
     assert executor.run(jobs_of(3, "gs-not-there"))
+    # asked to, they are tried again, and then are on their way
+    again = SkyPilotExecutor(SkyPilotConfig(), HOUSE, retry_failed=True)
+    assert not again.run(jobs_of(3, "gs-not-there")) and len(launched) == 7
+
+
+def test_what_skypilot_refuses_is_one_line(sky, monkeypatch):
+    def get(request):
+        raise sky.exceptions.NoCloudAccessError("No cloud access.\nRun: \x1b[1msky check\x1b[0m")
+
+    run_under_stand_ins(sky, monkeypatch)
+    monkeypatch.setattr(sky, "get", get)
+    with pytest.raises(LaunchError, match=r"^SkyPilot: No cloud access\. Run: sky check$"):
+        SkyPilotExecutor(SkyPilotConfig(), HOUSE).run(jobs_of(1, "gs-not-there"))
+
+
+def test_without_skypilot_one_line_tells_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sky", None)  # as where it is not installed
+    with pytest.raises(LaunchError, match="constraints-launch.txt"):
+        SkyPilotExecutor(SkyPilotConfig(), HOUSE).run(jobs_of(1, "gs-not-there"))
 
 
 def test_a_task_keeps_its_name_while_some_of_its_members_are_done(sky, monkeypatch, tmp_path):

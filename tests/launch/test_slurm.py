@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from llm.launch.config import SlurmConfig
-from llm.launch.jobs import LOG, Job, read_starts
+from llm.launch.jobs import LOG, Job, LaunchError, read_starts
 from llm.launch.slurm import SlurmExecutor
 
 # sbatch runs every index at once, again where the script has asked for it, as --requeue allows.
@@ -69,7 +69,7 @@ def test_members_run_and_are_put_back_in_the_queue(cluster, capfd):
     jobs = [
         counting(cluster, "lr=1,x=$HOME 'q'", 75, 76, 0),  # time limit, a peer lost, the end
         counting(cluster, "b", 2, 0),  # something to mend: not tried again
-        counting(cluster, "c", 1, 1, 1, 1),  # a bug, as often as retries allow
+        counting(cluster, "c", *[1] * 6),  # a bug, as often as retries allow
     ]
     executor = SlurmExecutor(SlurmConfig(retries=2), folder)
     assert not executor.run(jobs)
@@ -81,6 +81,25 @@ def test_members_run_and_are_put_back_in_the_queue(cluster, capfd):
     # what has failed for good is over; nothing is submitted again
     assert executor.run(jobs)
     assert "submitted" not in capfd.readouterr().out
+    # asked to, it is tried again, those that are done left alone
+    again = SlurmExecutor(SlurmConfig(retries=2), folder, retry_failed=True)
+    assert not again.run(jobs)
+    assert "submitted 2 members" in capfd.readouterr().out
+    assert [[row["exit_code"] for row in read_starts(each.folder)] for each in jobs[1:]] == [
+        [2, 0],
+        [1, 1, 1, 1, 1, 1],
+    ]
+    assert executor.run(jobs)
+
+
+def test_what_has_failed_and_is_tried_again_is_on_its_way(cluster):
+    folder, jobs = epath.Path(cluster / "sweep"), [counting(cluster, "a", 2)]
+    assert not SlurmExecutor(SlurmConfig(), folder).run(jobs)
+    assert SlurmExecutor(SlurmConfig(), folder).run(jobs)
+    (cluster / "bin" / "sbatch").write_text("#!/bin/bash\necho 78\n")
+    assert not SlurmExecutor(SlurmConfig(), folder, retry_failed=True).run(jobs)
+    (cluster / "queue").write_text("78 0\n")
+    assert not SlurmExecutor(SlurmConfig(), folder).run(jobs)
 
 
 def test_what_is_queued_is_not_submitted_again(cluster, capfd):
@@ -95,7 +114,7 @@ def test_what_is_queued_is_not_submitted_again(cluster, capfd):
     assert "submitted 1 members" in capfd.readouterr().out
     # where SLURM cannot be asked nothing is taken for granted
     (cluster / "bin" / "squeue").write_text("#!/bin/bash\necho timed out >&2\nexit 1\n")
-    with pytest.raises(RuntimeError, match="squeue refused .1.: timed out"):
+    with pytest.raises(LaunchError, match="squeue refused .1.: timed out"):
         executor.run(jobs)
 
 
@@ -118,6 +137,8 @@ def test_bash_reads_the_script(config, tmp_path):
     assert "--array=0-7%4" in lines if config.parallel else "--array=0-7" in lines
     assert {"--requeue", "--signal=TERM@120", "--job-name=it-s"} <= set(lines)
     if config.partition:
+        # srun's own: since SLURM 22.05 it does not inherit it (its release notes)
+        assert "\nsrun --kill-on-bad-exit=1 --cpus-per-task=8 bash -c" in script
         assert {"--gpus-per-node=8", "--ntasks-per-node=8", "--constraint=h100"} <= set(lines)
         assert not any(line.startswith("--gpus-per-task") for line in lines)
     assert [shlex.split(line) for line in lines if "--output" in line] == [
