@@ -103,12 +103,12 @@ def _orthogonalise(
     inputs, outputs = (math.prod(x.shape[i] for i in side) for side in sides)
     norm = (outputs / inputs if spectral else max(1.0, outputs / inputs)) ** 0.5
     mesh = jax.sharding.get_abstract_mesh()
-    cuts = tuple(
-        tuple(axis for i in side for axis in mesh_axes(names[i]) if mesh.shape.get(axis, 1) > 1)
-        for side in sides
-    )
+    cut_by = [
+        tuple(axis for axis in mesh_axes(name) if mesh.shape.get(axis, 1) > 1) for name in names
+    ]
+    cuts = tuple(sum((cut_by[i] for i in side), ()) for side in sides)
     local = functools.partial(_orthogonalise_parts, sides=sides, cuts=cuts)
-    if any(cuts):
+    if any(cut_by):
         spec = partition_spec(names)
         local = jax.shard_map(local, in_specs=spec, out_specs=spec)
     return norm * local(x)
