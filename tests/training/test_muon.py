@@ -56,9 +56,10 @@ def jitted_update(config, mesh=None, **sizes):
 
 @pytest.mark.parametrize(
     ("config", "sizes"),
-    [(DENSE, {"fsdp": 8}), (DENSE, {"fsdp": 2, "tensor": 2, "pipeline": 2}),
+    [pytest.param(DENSE, {"fsdp": 8}, marks=pytest.mark.long),
+     pytest.param(DENSE, {"fsdp": 2, "tensor": 2, "pipeline": 2}, marks=pytest.mark.long),
      (EXPERTS, {"fsdp": 2, "expert": 2, "tensor": 2}),
-     (EXPERTS, {"data": 2, "expert": 4})],
+     pytest.param(EXPERTS, {"data": 2, "expert": 4}, marks=pytest.mark.long)],
     ids=["fsdp", "pipeline", "experts", "experts alone"],
 )  # fmt: skip
 def test_a_mesh_updates_as_one_device_does_and_gathers_no_matrix(config, sizes):
@@ -92,9 +93,9 @@ def test_updates_are_optaxs():
         adam_learning_rate=CONFIG.adam_learning_rate / CONFIG.learning_rate,
         muon_weight_dimension_numbers=muon_dimensions(logical_axes(model)),
     )
-    wanted, _ = theirs.update(grads, theirs.init(params), params)
+    wanted, _ = jax.jit(theirs.update)(grads, theirs.init(params), params)
     undecayed = dataclasses.replace(CONFIG, weight_decay=0.0)
     ours = make_optimizer(undecayed, logical_axes(model))
-    found, _ = ours.update(grads, ours.init(params), params)
+    found, _ = jax.jit(ours.update)(grads, ours.init(params), params)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
     jax.tree.map(close, found, wanted)
