@@ -5,7 +5,8 @@
 
 The devices are eight of the CPU's. Compared are the loss of each step, the gradient of the first
 (the optimizer's first moment after it) and the parameters after the last: the largest difference
-over the largest number of them. Dropout is off: its masks depend on where they are drawn.
+of any array over that array's largest number. Dropout is off: its masks depend on where they are
+drawn.
 """
 
 import dataclasses
@@ -144,23 +145,30 @@ def run_stage(stage: str, case: Case) -> Outcome:
             state, metrics = problem.step(state, number)
             losses.append(float(metrics["train/loss"]))
             if gradient is None:
-                gradient = jax.device_get(_first_moment(state.opt_state))
-        return Outcome(losses, gradient, jax.device_get(state.params))
+                gradient = jax.device_get(_first_moment(stage, state.opt_state))
+        return Outcome(losses, gradient, jax.device_get(_compared(stage, state.params)))
 
 
 def difference(ours: Any, theirs: Any) -> float:
-    """Return the largest difference of any number over the largest number of all.
+    """Return the largest difference of any array over the largest number of that array."""
 
-    Of all arrays together: the gradient of a reward head's bias is 0, since only differences of
-    rewards count, and what is left of it is rounding.
-    """
-    largest = lambda tree: max(float(np.max(np.abs(x))) for x in jax.tree.leaves(tree))  # noqa: E731
-    return largest(jax.tree.map(np.subtract, ours, theirs)) / largest(theirs)
+    def of(a, b):
+        return float(np.max(np.abs(np.subtract(a, b))) / max(np.max(np.abs(b)), 1e-300))
+
+    return max(jax.tree.leaves(jax.tree.map(of, ours, theirs)))
 
 
-def _first_moment(opt_state) -> list:
-    found = jax.tree_util.tree_leaves_with_path(opt_state)
-    return [x for path, x in found if any(getattr(key, "name", "") == "mu" for key in path)]
+def _compared(stage: str, tree: Any) -> list:
+    """Return a tree's arrays, but for the bias of a reward head: since only differences of rewards
+    count its gradient is 0, and Adam makes steps of what is left of it, which is rounding."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    none = lambda path, x: stage == "reward" and x.shape == (1,) and path[-1].key == "bias"  # noqa: E731
+    return [x for path, x in leaves if not none(path, x)]
+
+
+def _first_moment(stage: str, opt_state) -> list:
+    paths = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+    return [x for _, state in paths if hasattr(state, "mu") for x in _compared(stage, state.mu)]
 
 
 def _pretrain(config, compute, mesh, adapter=None, kept: float = 1.0) -> Problem:
