@@ -9,7 +9,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jaxtyping import Array, Float, Int
 
 from llm.models.platforms import platform
@@ -91,6 +90,9 @@ def outer_by_kernel(
     interpret: bool = False,
 ) -> Float[Array, "E D F"]:
     """The same by the TPU's kernel; `interpret` runs its program on any backend, slowly."""
+    # Pallas's TPU modules are slow to load
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
     tiles = _TILE_ROWS, *(min(_MOST_TILE, -(-x.shape[1] // 128) * 128) for x in (rows, cotangent))
     rows, cotangent = (
         jnp.pad(x, ((0, -x.shape[0] % _TILE_ROWS), (0, 0))) for x in (rows, cotangent)
