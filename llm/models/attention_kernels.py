@@ -43,7 +43,7 @@ def attend(
         case "splash":
             from llm.models.splash import attend_splash  # Pallas's TPU modules load on demand
 
-            return attend_splash(q, k, v, pattern, softcap, kept_as=KEPT)
+            return attend_splash(q, k, v, pattern, softcap)
     raise ValueError(f"attention_kernel={kernel!r}: must be auto, xla, blocked, cudnn or splash")
 
 

@@ -8,6 +8,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from llm.models.attention_kernels import KEPT
 from llm.models.masks import AttentionPattern
 from llm.models.platforms import need_platform
 from llm.parallel.rules import partition_spec
@@ -23,14 +24,13 @@ def attend_splash(
     pattern: AttentionPattern,
     softcap: float | None,
     *,
-    kept_as: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Return attention by the splash kernel, shard by shard of the mesh in force.
 
-    `kept_as` names outputs and their rows' sums for rematerialisation to keep: with both, the
-    backward pass need not run the forward kernel again. `interpret` runs the kernel's program on
-    any backend, slowly.
+    Outputs and their rows' sums are named for rematerialisation to keep: with both, the backward
+    pass need not run the forward kernel again. `interpret` runs the kernel's program on any
+    backend, slowly.
 
     Raises:
       ValueError: the kernel cannot do what the pattern asks, or the length does not fit it.
@@ -51,9 +51,7 @@ def attend_splash(
         segments = splash.SegmentIds(pattern.query_segments, pattern.key_segments)
 
     def local(q, k, v, segments):
-        kernel = _make_kernel(
-            length, q.shape[1], pattern.kind, pattern.window, softcap, kept_as, interpret
-        )
+        kernel = _make_kernel(length, q.shape[1], pattern.kind, pattern.window, softcap, interpret)
         return jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0))(
             q, k, v, segments
         )
@@ -72,7 +70,7 @@ def attend_splash(
     return local(q, k, v, segments).transpose(0, 2, 1, 3)
 
 
-def _make_kernel(length, heads, kind, window, softcap, kept_as, interpret):
+def _make_kernel(length, heads, kind, window, softcap, interpret):
     """Return the kernel of one sequence: its mask is compiled into which blocks are visited."""
     shape = (length, length)
     if kind == "causal":
@@ -100,6 +98,6 @@ def _make_kernel(length, heads, kind, window, softcap, kept_as, interpret):
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap,
-        residual_checkpoint_name=kept_as,
+        residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
