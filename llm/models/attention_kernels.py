@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from llm.models.config import KEPT
 from llm.models.masks import AttentionPattern
 from llm.models.platforms import need_platform, platform
 
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B K S H"]
 
-KEPT = "attention"  # how what remat="attention" keeps is called
 BLOCK_TOKENS = 64  # queries a block of the "blocked" kernel; measured on CPU at T = 256 … 1,024
 
 

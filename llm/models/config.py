@@ -225,6 +225,7 @@ class AdapterConfig:
         )
 
 
+KEPT = "attention"  # how what compute.remat="attention" keeps is called in a traced program
 ADAPTED = ("query", "key", "value", "out", "up", "gate", "down")  # kernels inside layers
 
 

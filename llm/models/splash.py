@@ -8,7 +8,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from llm.models.attention_kernels import KEPT
+from llm.models.config import KEPT
 from llm.models.masks import AttentionPattern
 from llm.models.platforms import need_platform
 from llm.parallel.rules import partition_spec

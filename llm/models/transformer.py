@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from llm.models.attention_kernels import KEPT
-from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
+from llm.models.config import KEPT, AdapterConfig, ComputeConfig, TransformerConfig
 from llm.models.feed_forward import readout_init
 from llm.models.layers import Hidden, Layer, LayerCache, LayerInputs
 from llm.models.masks import AttentionPattern
