@@ -12,6 +12,8 @@ import json
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# JAX 0.10 writes what is compiled ahead into its cache, and cannot read it back without a TPU.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 from absl import app, flags
 from etils import epath

@@ -10,6 +10,8 @@ network), h100:64. For TPUs the step is also compiled, without one being here, w
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # whatever is planned for, this runs here
+# JAX 0.10 writes what is compiled ahead into its cache, and cannot read it back without a TPU.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 from absl import flags
 

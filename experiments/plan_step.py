@@ -73,8 +73,6 @@ def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:
     Raises:
       DoesNotFit: the devices' memory is too small; with the compiler's own figures.
     """
-    # JAX 0.10 writes what is compiled ahead into its cache and cannot read it back without a TPU.
-    jax.config.update("jax_enable_compilation_cache", False)
     started = time.perf_counter()
     try:
         compiled = lowered.compile()
