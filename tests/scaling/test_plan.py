@@ -94,9 +94,9 @@ def test_predictions_agree_with_the_compiler(key):
 
 @pytest.mark.parametrize("key", ROWS_COMPILED)
 def test_traffic_is_what_the_compiled_step_sends(key):
-    """Within 0.1% along tensor, which has nothing else. Of all axes together, since sums over several
-    at once are of none alone, at least 95% of what the forms say; at most that and once more what
-    goes along fsdp, where the compiler may sum whole what it could gather or scatter.
+    """Within 0.1% along tensor, which has nothing else. Of all axes together, since sums over
+    several at once are of none alone, at least 95% of what the forms say; at most that and once
+    more what goes along fsdp, where the compiler may sum whole what it could gather or scatter.
 
     The exchange of experts without a capacity is left out: compiled it counts as if its buffers,
     with room for all, were full."""
