@@ -301,6 +301,11 @@ class RlhfConfig:
         """Responses that are sampled, scored and learnt from in a step."""
         return self.rollout.prompts * self.rollout.group
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of a step's responses, padding included."""
+        return self.responses_per_step * self.rollout.response_tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class SpeedrunConfig:

@@ -14,6 +14,7 @@ from etils import epath
 
 from configs.schema import FinetuneConfig
 from experiments import entry
+from experiments.assembly import assemble_finetuning
 from experiments.evaluation import make_evaluation
 from experiments.loading import load_start
 from experiments.run_flags import PROFILE, start_processes
@@ -22,20 +23,13 @@ from llm.data.pipeline import data_digests, make_training_batches, num_truncated
 from llm.data.prepare import prepare
 from llm.models.adapters import adapt_params
 from llm.models.on_mesh import check_on_mesh
-from llm.models.transformer import Transformer, logical_axes, param_shapes
 from llm.parallel.hosts import host_share
 from llm.parallel.mesh import make_mesh
 from llm.scaling.accounting import training_flops_per_token
 from llm.scaling.hardware import peak_flops
-from llm.training.loss import make_causal_lm_loss
-from llm.training.optimizers import make_optimizer
 from llm.training.replay import replayed
 from llm.training.run import Run
 from llm.training.run_config import check_config
-from llm.training.schedules import make_schedule
-from llm.training.state import init_state, state_shardings
-from llm.training.step import make_train_step
-from llm.training.trainable import make_rates, split
 
 
 def finetune(config: FinetuneConfig, workdir: str) -> None:
@@ -61,41 +55,13 @@ def finetune(config: FinetuneConfig, workdir: str) -> None:
     )
     total_steps = config.num_steps(rows_per_epoch(batches))
 
-    # Model
-    model = Transformer(model_config, config.compute, config.adapter)
-    rates = make_rates(
-        config.trainable, model_config, param_shapes(model), adapted=config.adapter.rank > 0
-    )
-    loss_fn = make_causal_lm_loss(
-        model,
-        z_loss=config.z_loss,
-        tile_tokens=config.loss_tile_tokens,
-        router_balance_weight=config.router_balance_weight,
-        router_z_weight=config.router_z_weight,
-    )
-    optimizer = make_optimizer(
-        config.optimizer, split(logical_axes(model), rates)[0], width_ratio=model_config.width_ratio
-    )
-    schedule = make_schedule(
-        config.schedule, total_steps=total_steps, tokens_per_step=config.tokens_per_step
-    )
-
-    # State
-    ema = config.optimizer.ema_decay is not None
-    shardings = state_shardings(model, optimizer, mesh, ema=ema, rates=rates)
-    train_step = make_train_step(
-        loss_fn,
-        optimizer,
-        config.optimizer,
-        schedule,
-        shardings,
-        mesh,
-        accumulate_steps=config.accumulate_steps,
-        rates=rates,
-    )
-    train_step = replayed(train_step, config.run.replay_every_steps)
+    # Model, loss, optimizer
+    training = assemble_finetuning(config, model_config, mesh, total_steps)
+    train_step = replayed(training.train_step, config.run.replay_every_steps)
     chat = any(source.format != "text" for source in config.data.sources.values())
-    evaluate = make_evaluation(config, model, mesh, tokenizer, prepared.validation, chat=chat)
+    evaluate = make_evaluation(
+        config, training.model, mesh, tokenizer, prepared.validation, chat=chat
+    )
 
     # Run
     run = Run(
@@ -119,8 +85,8 @@ def finetune(config: FinetuneConfig, workdir: str) -> None:
         tokenizer.save(run.workdir / "tokenizer")
         params = start.params()
         if params is not None:
-            params = adapt_params(model, params, jax.random.key(config.seed))
-        state = init_state(model, optimizer, mesh, config.seed, ema=ema, params=params, rates=rates)
+            params = adapt_params(training.model, params, jax.random.key(config.seed))
+        state = training.init_state(mesh, config.seed, params=params)
 
         # Restore
         state, batches = run.restore(state, batches)

@@ -12,7 +12,7 @@ from etils import epath
 from jaxtyping import Array, Float
 
 from configs.schema import PretrainConfig
-from experiments.pretraining import loss_of, schedule_of
+from experiments.assembly import causal_lm_loss, schedule_of
 from llm.data.loader import Batch, Batches
 from llm.data.pipeline import data_digests, make_training_batches
 from llm.data.prepare import Prepared, prepare
@@ -66,7 +66,7 @@ def member_runs(config: PretrainConfig, members: Sequence[Member]) -> MemberRuns
         members,
         functools.partial(init_params, model),
         logical_axes(model),
-        loss_of(config, model),
+        causal_lm_loss(config, model),
         config.optimizer,
         schedule_of(config),
         config.model.width_ratio,

@@ -5,6 +5,8 @@
 Slices are v5e:16x16, v5p:8x8x8, v6e:16x16, 4*v5e:16x16 (four, joined by the data centre's
 network), h100:64. For TPUs the step is also compiled, without one being here, which takes minutes
 (extra [tpu]); --nocompile leaves that out. --search tries meshes, microbatches and remat policies.
+Ladders, studies and the stages after pretraining are planned by compiling them alone; the model of
+these may not be here yet: --model=configs/llama3_8b.py says what its shape will be.
 """
 
 import os
@@ -15,7 +17,16 @@ os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 from absl import flags
 
-from configs.schema import EmergenceConfig, PretrainConfig, ScalingConfig, SpeedrunConfig
+from configs.schema import (
+    DirectPreferenceConfig,
+    EmergenceConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    RewardModelConfig,
+    RlhfConfig,
+    ScalingConfig,
+    SpeedrunConfig,
+)
 from experiments import entry
 from experiments.plan_report import (
     candidates_text,
@@ -35,21 +46,42 @@ _SEARCH = flags.DEFINE_boolean("search", False, "Look for a better mesh, microba
 _NUM_COMPILED = flags.DEFINE_integer(
     "num_compiled", 3, "Of --search, how many of the best are compiled.", lower_bound=1
 )
+_MODEL = flags.DEFINE_string(
+    "model",
+    "",
+    "Of stages after pretraining, what has their model's shape, if not config.source: a recipe of "
+    "pretraining, a workdir, a Hugging Face directory.",
+)
 _JSON = entry.define_json()
+_STAGES = FinetuneConfig, RewardModelConfig, DirectPreferenceConfig, RlhfConfig
 
 
 def main(config) -> None:
     where = parse_slice(_SLICE.value)
     if isinstance(config, SpeedrunConfig):
         config = config.pretrain
+    if _MODEL.value and not isinstance(config, _STAGES):
+        raise ValueError("--model is of the stages after pretraining: this config has its own")
+    if not isinstance(config, PretrainConfig):
+        _check_compiles(where)
     if isinstance(config, ScalingConfig | EmergenceConfig):
         report = plan_programs(config, where)
+    elif isinstance(config, _STAGES):
+        report = plan_stage(config, where)
     elif _SEARCH.value:
         report = plan_search(config, where)
     else:
         report = plan_run(config, where)
     if _JSON.value:
         entry.print_json(report)
+
+
+def _check_compiles(where: Slice) -> None:
+    if not where.topology or not _COMPILE.value or _SEARCH.value:
+        raise ValueError(
+            "only pretraining is planned by formulas, on GPUs, with --nocompile and by --search; "
+            "other stages by compiling them, for slices of TPUs"
+        )
 
 
 def plan_run(config: PretrainConfig, where: Slice) -> dict:
@@ -83,8 +115,6 @@ def plan_programs(config: ScalingConfig | EmergenceConfig, where: Slice) -> dict
     """Print what the programs of a ladder's or a study's groups need, and return it."""
     from experiments.plan_programs import ladder_programs, study_programs
 
-    if not where.topology or not _COMPILE.value:
-        raise ValueError("ladders and studies are planned by compiling them, for slices of TPUs")
     devices = topology_devices(where.topology, where.num_slices)
     make = ladder_programs if isinstance(config, ScalingConfig) else study_programs
     rows, tried = [], {}
@@ -113,5 +143,14 @@ def plan_programs(config: ScalingConfig | EmergenceConfig, where: Slice) -> dict
     return {"slice": where.name, "chips": where.num_chips, "groups": rows}
 
 
+def plan_stage(config, where: Slice) -> dict:
+    """Print what the programs of a stage after pretraining need and take, and return it."""
+    from experiments.plan_stage_report import report_on_stage, stage_text
+
+    report = report_on_stage(config, where, _MODEL.value)
+    print(stage_text(report), flush=True)
+    return report
+
+
 if __name__ == "__main__":
-    entry.run(main, (PretrainConfig, ScalingConfig, EmergenceConfig, SpeedrunConfig))
+    entry.run(main, (PretrainConfig, ScalingConfig, EmergenceConfig, SpeedrunConfig, *_STAGES))

@@ -9,7 +9,7 @@ from configs.schema import PretrainConfig
 from experiments.plan_step import DoesNotFit, compiled, planned
 from llm.evaluation.tables import format_duration
 from llm.parallel.collectives import Collective, bytes_by_axes
-from llm.parallel.config import MESH_AXES
+from llm.parallel.config import MESH_AXES, MeshConfig
 from llm.scaling.hardware import Slice, Wiring, wire_axes
 from llm.scaling.plan import Plan
 from llm.scaling.step_memory import StepMemory
@@ -79,9 +79,8 @@ def _describe_compiled(config: PretrainConfig, where: Slice, plan: Plan, found: 
     gradients = memory.gradients + memory.gradient_sum
     known = memory.params + memory.optimizer + gradients
     products = found.product_flops * where.num_chips
-    wiring = wire_axes(where, config.mesh)
     sent = bytes_by_axes(found.collectives)
-    network = {"+".join(axes): num_bytes / _rate(axes, wiring) for axes, num_bytes in sent.items()}
+    network = network_seconds(sent, where, config.mesh)
     compute = (products + plan.work.attention) / plan.peak_flops
     bound = max(compute, plan.time.memory, max(network.values(), default=0.0)) + plan.time.update
     return {
@@ -101,6 +100,14 @@ def _describe_compiled(config: PretrainConfig, where: Slice, plan: Plan, found: 
         "seconds_bound": bound,
         "compile_seconds": found.seconds,
     }
+
+
+def network_seconds(
+    sent: Mapping[tuple[str, ...], float], where: Slice, mesh: MeshConfig
+) -> dict[str, float]:
+    """Return the seconds that what a device sends along mesh axes takes."""
+    wiring = wire_axes(where, mesh)
+    return {"+".join(axes): num_bytes / _rate(axes, wiring) for axes, num_bytes in sent.items()}
 
 
 def _largest(collectives: Sequence[Collective], count: int = 12) -> list[dict]:

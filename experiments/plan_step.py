@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from configs.schema import PretrainConfig
-from experiments.pretraining import assemble
+from experiments.assembly import assemble_pretraining
 from llm.parallel.collectives import Collective, read_collectives
 from llm.parallel.mesh import make_mesh
 from llm.parallel.products import count_product_flops, kernel_calls
@@ -18,7 +18,6 @@ from llm.scaling.workload import Workload
 from llm.training.ahead import (
     ChipMemory,
     abstract_batch,
-    abstract_state,
     chip_memory,
     topology_devices,
 )
@@ -67,8 +66,11 @@ class DoesNotFit(ValueError):
     """The compiler found no room for a step in a device's memory."""
 
 
-def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:
-    """Compile a step and read what came of it.
+def compile_step(
+    lowered: jax.stages.Lowered, mesh: Mesh, open_turns: int | None = None
+) -> Compiled:
+    """Compile a step and read what came of it; a loop that runs until something happens counts as
+    running `open_turns` times.
 
     Raises:
       DoesNotFit: the devices' memory is too small; with the compiler's own figures.
@@ -83,9 +85,9 @@ def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:
     text = compiled.as_text()
     return Compiled(
         chip_memory(compiled),
-        count_product_flops(text),
-        dict(kernel_calls(text)),
-        read_collectives(text, mesh),
+        count_product_flops(text, open_turns),
+        dict(kernel_calls(text, open_turns)),
+        read_collectives(text, mesh, open_turns),
         time.perf_counter() - started,
     )
 
@@ -95,6 +97,6 @@ def lower_pretraining(
 ) -> tuple[jax.stages.Lowered, Mesh]:
     """Return the training step of `experiments.pretrain`, lowered for the devices."""
     mesh = make_mesh(config.mesh, devices)
-    model, optimizer, ema, step = assemble(config, mesh)
+    training = assemble_pretraining(config, mesh)
     batch = abstract_batch(mesh, config.data.batch_sequences, config.data.length_tokens)
-    return step.lower(abstract_state(model, optimizer, mesh, ema=ema), batch), mesh
+    return training.train_step.lower(training.abstract_state(mesh), batch), mesh

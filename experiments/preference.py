@@ -12,6 +12,7 @@ import jax
 
 from configs.schema import DirectPreferenceConfig
 from experiments import entry
+from experiments.assembly import assemble_preference_training
 from experiments.feedback import feedback_digests, load_comparisons
 from experiments.loading import Start, load_model, load_start
 from experiments.run_flags import PROFILE, start_processes
@@ -19,21 +20,17 @@ from experiments.workdir_flag import WORKDIR
 from llm.data.comparisons import ComparisonBatches, spread
 from llm.models.adapters import adapt_params
 from llm.models.on_mesh import check_on_mesh
-from llm.models.transformer import Transformer, logical_axes, param_shapes
+from llm.models.transformer import logical_axes, param_shapes
 from llm.parallel.hosts import host_share, place_batch
 from llm.parallel.mesh import make_mesh
 from llm.parallel.rules import make_shardings
 from llm.rl.models import Models
 from llm.training.digests import tree_digest
-from llm.training.optimizers import make_optimizer
 from llm.training.preference_loss import make_preference_loss, make_reference_step
 from llm.training.replay import replayed
 from llm.training.run import Run
 from llm.training.run_config import check_config
-from llm.training.schedules import make_schedule
-from llm.training.state import TrainState, averaged_params, init_state, state_shardings
-from llm.training.step import make_train_step
-from llm.training.trainable import make_rates, split
+from llm.training.state import TrainState, averaged_params
 
 
 def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
@@ -55,36 +52,13 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
     digests = feedback_digests(encoded, start.tokenizer)
     total_steps = config.num_steps(len(batches.records))
 
-    # Model
-    models = Models(Transformer(start.config, config.compute, config.adapter), None)
-    model = models.policy
-    rates = make_rates(config.trainable, start.config, param_shapes(model), adapted=models.shared)
-    if config.preference.needs_reference:
-        models.check_rates({"policy": rates})
-    optimizer = make_optimizer(
-        config.optimizer, split(logical_axes(model), rates)[0], width_ratio=start.config.width_ratio
-    )
-    schedule = make_schedule(
-        config.schedule, total_steps=total_steps, tokens_per_step=config.tokens_per_step
-    )
+    # Model, loss, optimizer
+    training = assemble_preference_training(config, start.config, mesh, total_steps)
+    model, train_step = training.model, replayed(training.train_step, config.run.replay_every_steps)
+    models = Models(model, None)
     tiles = dict(tile_tokens=config.loss_tile_tokens)
-    loss_fn = make_preference_loss(model, config.preference, **tiles)
     add_reference = make_reference_step(model, models.reference, mesh, config.preference, **tiles)
-
-    # State
-    ema = config.optimizer.ema_decay is not None
-    train_step = make_train_step(
-        loss_fn,
-        optimizer,
-        config.optimizer,
-        schedule,
-        state_shardings(model, optimizer, mesh, ema=ema, rates=rates),
-        mesh,
-        accumulate_steps=config.accumulate_steps,
-        rates=rates,
-        count="prompts",
-    )
-    train_step = replayed(train_step, config.run.replay_every_steps)
+    loss_fn = make_preference_loss(model, config.preference, **tiles)
     score = jax.jit(lambda params, batch: loss_fn(params, batch, None)[1])
 
     def evaluate(run: Run, state: TrainState, frozen: dict) -> None:
@@ -118,7 +92,7 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
         run.check_data(digests | source_digest)
         if base is not None:
             base = adapt_params(model, base, jax.random.key(config.seed))
-        state = init_state(model, optimizer, mesh, config.seed, ema=ema, params=base, rates=rates)
+        state = training.init_state(mesh, config.seed, params=base)
 
         # Restore
         state, batches = run.restore(state, batches)

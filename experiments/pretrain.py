@@ -13,8 +13,8 @@ from etils import epath
 
 from configs.schema import PretrainConfig
 from experiments import entry
+from experiments.assembly import assemble_pretraining
 from experiments.evaluation import make_evaluation
-from experiments.pretraining import assemble
 from experiments.run_flags import PROFILE, start_processes
 from experiments.workdir_flag import WORKDIR
 from llm.data.pipeline import data_digests, make_training_batches
@@ -27,7 +27,6 @@ from llm.scaling.hardware import peak_flops
 from llm.training.replay import replayed
 from llm.training.run import Run
 from llm.training.run_config import check_config
-from llm.training.state import init_state
 
 
 def pretrain(config: PretrainConfig, workdir: str) -> None:
@@ -37,8 +36,8 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
 
     # Model, loss, optimizer, on a mesh
     mesh = make_mesh(config.mesh)
-    model, optimizer, ema, train_step = assemble(config, mesh)
-    train_step = replayed(train_step, config.run.replay_every_steps)
+    training = assemble_pretraining(config, mesh)
+    train_step = replayed(training.train_step, config.run.replay_every_steps)
 
     # Data
     tokenizer = make_tokenizer(config.data)
@@ -55,7 +54,7 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
         share=host_share(mesh),
         state_dir=epath.Path(workdir) / "data",
     )
-    evaluate = make_evaluation(config, model, mesh, tokenizer, prepared.validation)
+    evaluate = make_evaluation(config, training.model, mesh, tokenizer, prepared.validation)
 
     # Run
     run = Run(
@@ -72,9 +71,7 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
     with jax.set_mesh(mesh), run:
         run.check_data(data_digests(config.data, prepared, tokenizer))
         tokenizer.save(run.workdir / "tokenizer")
-        state = init_state(
-            model, optimizer, mesh, config.seed, ema=ema, init_scale=config.init_scale
-        )
+        state = training.init_state(mesh, config.seed, init_scale=config.init_scale)
 
         # Restore
         state, batches = run.restore(state, batches)

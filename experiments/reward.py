@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.schema import RewardModelConfig
 from experiments import entry
+from experiments.assembly import assemble_reward_training
 from experiments.feedback import feedback_digests, load_comparisons
 from experiments.loading import Start, load_start
 from experiments.rewards import SCALE
@@ -27,19 +28,15 @@ from llm.evaluation.preferences import PreferenceReport, compare_pairs, report_p
 from llm.models.adapters import adapt_params
 from llm.models.on_mesh import check_on_mesh
 from llm.models.scalar import ScalarModel
-from llm.models.transformer import logical_axes, param_shapes
+from llm.models.transformer import param_shapes
 from llm.parallel.hosts import host_share, place_batch
 from llm.parallel.mesh import make_mesh
 from llm.training.files import write_atomically
-from llm.training.optimizers import make_optimizer
-from llm.training.preference_loss import make_reward_loss, response_scores
+from llm.training.preference_loss import response_scores
 from llm.training.replay import replayed
 from llm.training.run import Run
 from llm.training.run_config import check_config
-from llm.training.schedules import make_schedule
-from llm.training.state import TrainState, averaged_params, init_state, state_shardings
-from llm.training.step import make_train_step
-from llm.training.trainable import make_rates, split
+from llm.training.state import TrainState, averaged_params
 
 REPORT = "preferences.json"
 
@@ -64,32 +61,9 @@ def train_reward(config: RewardModelConfig, workdir: str) -> None:
     digests = feedback_digests(encoded, start.tokenizer)
     total_steps = config.num_steps(len(batches.records))
 
-    # Model
-    model = ScalarModel(model_config, config.compute, config.adapter)
-    rates = make_rates(
-        config.trainable, model_config, param_shapes(model), adapted=config.adapter.rank > 0
-    )
-    optimizer = make_optimizer(
-        config.optimizer, split(logical_axes(model), rates)[0], width_ratio=model_config.width_ratio
-    )
-    schedule = make_schedule(
-        config.schedule, total_steps=total_steps, tokens_per_step=config.tokens_per_step
-    )
-
-    # State
-    ema = config.optimizer.ema_decay is not None
-    train_step = make_train_step(
-        make_reward_loss(model, tie_threshold=config.tie_threshold),
-        optimizer,
-        config.optimizer,
-        schedule,
-        state_shardings(model, optimizer, mesh, ema=ema, rates=rates),
-        mesh,
-        accumulate_steps=config.accumulate_steps,
-        rates=rates,
-        count="prompts",
-    )
-    train_step = replayed(train_step, config.run.replay_every_steps)
+    # Model, loss, optimizer
+    training = assemble_reward_training(config, model_config, mesh, total_steps)
+    model, train_step = training.model, replayed(training.train_step, config.run.replay_every_steps)
     score_step = make_score_step(model, mesh)
 
     def evaluate(run: Run, state: TrainState) -> None:
@@ -111,15 +85,8 @@ def train_reward(config: RewardModelConfig, workdir: str) -> None:
         for line in told:
             run.say(line)
         start.tokenizer.save(run.workdir / "tokenizer")
-        state = init_state(
-            model,
-            optimizer,
-            mesh,
-            config.seed,
-            ema=ema,
-            params=init_params(start, model, config.seed),
-            rates=rates,
-        )
+        params = init_params(start, model, config.seed)
+        state = training.init_state(mesh, config.seed, params=params)
 
         # Restore
         state, batches = run.restore(state, batches)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from configs.schema import RlhfConfig
 from experiments import entry
+from experiments.assembly import assemble_rlhf
 from experiments.loading import Start, load_model, load_start
 from experiments.rewards import load_rewards, load_value_start, weight_of
 from experiments.run_flags import PROFILE, start_processes
@@ -27,27 +28,19 @@ from llm.data.prepare import prepare
 from llm.data.tokenizers import Tokenizer
 from llm.models.adapters import adapt_params
 from llm.models.on_mesh import check_on_mesh
-from llm.models.scalar import ScalarModel
-from llm.models.transformer import Transformer, logical_axes, param_shapes
+from llm.models.transformer import logical_axes, param_shapes
 from llm.parallel.hosts import host_share, local_rows, place_batch
 from llm.parallel.mesh import make_mesh
 from llm.parallel.rules import make_shardings, ways
 from llm.rl.collect import Collected, collect
-from llm.rl.learning import make_learn_step
 from llm.rl.models import Models, own_part
 from llm.rl.prompts import PromptBatches, load_prompts
 from llm.rl.rewards import RewardFn
 from llm.rl.rollout import check_gap, make_rollout
-from llm.rl.state import init_controllers, rl_shardings, with_controllers
 from llm.training.digests import tree_digest
-from llm.training.loss import make_causal_lm_loss
-from llm.training.optimizers import make_optimizer
 from llm.training.replay import replayed
 from llm.training.run import Run
 from llm.training.run_config import check_config
-from llm.training.schedules import make_schedule
-from llm.training.state import init_state, state_shardings
-from llm.training.trainable import make_rates, split
 
 
 def rlhf(
@@ -61,7 +54,6 @@ def rlhf(
     fields = dataclasses.asdict(config) | {"model": dataclasses.asdict(start.config)}
     check_config(workdir, fields, allow_change=config.run.allow_config_change)
     tokenizer = start.tokenizer
-    tokens_per_step = config.responses_per_step * config.rollout.response_tokens
 
     # Mesh
     mesh = make_mesh(config.mesh)
@@ -81,37 +73,11 @@ def rlhf(
     digests |= ptx_digests | {"tokenizer": tokenizer.digest, "prompts": prompts.digest}
 
     # Models
-    models = make_models(config, start)
-    spec = models.spec()
-    rates = make_rates(config.trainable, start.config, spec.shapes, adapted=config.adapter.rank > 0)
-    optimizer = make_optimizer(
-        config.optimizer, split(spec.axes, rates)[0], width_ratio=start.config.width_ratio
-    )
-    schedule = make_schedule(
-        config.schedule, total_steps=config.total_steps, tokens_per_step=tokens_per_step
-    )
+    training = assemble_rlhf(config, start.config, mesh)
+    models, learn = training.models, replayed(training.learn, config.run.replay_every_steps)
     width = prompts.width(8 * ways(mesh, "activation_length"))
     rollout_config = dataclasses.replace(config.rollout, prompt_tokens=width)
     rollout_fn = make_rollout(models.policy, rollout_config, tokenizer, mesh)
-    shardings = rl_shardings(state_shardings(spec, optimizer, mesh, rates=rates), mesh)
-    learn = make_learn_step(
-        models,
-        config.algorithm,
-        config.kl,
-        config.rollout,
-        optimizer,
-        config.optimizer,
-        schedule,
-        shardings,
-        mesh,
-        rates=rates,
-        ptx_loss=make_causal_lm_loss(models.policy, tile_tokens=config.loss_tile_tokens)
-        if ptx
-        else None,
-        accumulate_steps=config.accumulate_steps,
-        tile_tokens=config.loss_tile_tokens,
-    )
-    learn = replayed(learn, config.run.replay_every_steps)
 
     # Run
     run = Run(
@@ -119,7 +85,7 @@ def rlhf(
         fields,
         config.run,
         total_steps=config.total_steps,
-        tokens_per_step=tokens_per_step,
+        tokens_per_step=config.tokens_per_step,
         code=__file__,
     )
     with jax.set_mesh(mesh), run:
@@ -129,10 +95,7 @@ def rlhf(
         for line in (f"{len(prompts.prompts)} prompts", *prompts.left_out()):
             run.say(line)
         tokenizer.save(run.workdir / "tokenizer")
-        train = init_state(spec, optimizer, mesh, config.seed, params=params, rates=rates)
-        state = jax.device_put(
-            with_controllers(train, init_controllers(config.kl.coefficient)), shardings
-        )
+        state = training.init_state(mesh, config, params)
 
         # Restore
         state, batches = run.restore(state, batches)
@@ -177,14 +140,6 @@ def speed(config: RlhfConfig, metrics: Mapping, seconds: Mapping[str, float]) ->
     parts = sum(seconds[f"perf/{part}_seconds"] for part in ("generation", "scoring", "learning"))
     tokens = float(metrics["rl/response_tokens"]) * config.responses_per_step
     return {"perf/tokens_per_second": float(f"{tokens / parts:.4g}")}
-
-
-def make_models(config: RlhfConfig, start: Start) -> Models:
-    """Return the modules; all of them compute alike."""
-    policy = Transformer(start.config, config.compute, config.adapter)
-    if config.algorithm.name != "ppo":
-        return Models(policy, None)
-    return Models(policy, ScalarModel(start.config, config.compute, config.adapter))
 
 
 def init_models(

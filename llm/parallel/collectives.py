@@ -41,20 +41,23 @@ class Collective:
         return self.bytes_a_device * self.count
 
 
-def read_collectives(compiled: jax.stages.Compiled | str, mesh: Mesh) -> list[Collective]:
+def read_collectives(
+    compiled: jax.stages.Compiled | str, mesh: Mesh, open_turns: int | None = None
+) -> list[Collective]:
     """Return the collectives of a compiled program, or of its text, that move anything.
 
     Of n devices that take part each sends, of the bytes b it gives: all-gather (n−1)·b, all-reduce
     2·(n−1)/n·b, reduce-scatter and all-to-all (n−1)/n·b, permute b. A ragged all-to-all counts as
     if its buffer were full. Products that XLA runs in pieces, each beside a permute ("windowed
-    einsum"), are permutes here: n−1 of them send what the all-gather would have sent.
+    einsum"), are permutes here: n−1 of them send what the all-gather would have sent. Loops whose
+    number of turns the program does not fix are taken to run `open_turns` times.
 
     Raises:
-      ValueError: a loop whose number of turns the program does not fix.
+      ValueError: there is such a loop, and no number is given.
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     found = []
-    for step in read_program(text).steps():
+    for step in read_program(text).steps(open_turns):
         kind = _kind(step)
         if kind is not None:
             collective = _read(kind, step, mesh)

@@ -91,22 +91,27 @@ class Program:
     computations: Mapping[str, Computation]
     entry: str
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self, open_turns: int | None = None) -> Iterator[Step]:
         """Yield every instruction that runs, loops and calls followed; each branch counts once.
 
-        Raises:
-          ValueError: a loop whose number of turns the program does not fix.
-        """
-        yield from self._steps(self.computations[self.entry], 1, False, ())
+        Loops whose number of turns the program does not fix are taken to run `open_turns` times.
 
-    def _steps(self, computation, count: int, fused: bool, callers: tuple) -> Iterator[Step]:
+        Raises:
+          ValueError: there is such a loop, and no number is given.
+        """
+        yield from self._steps(self.computations[self.entry], 1, False, (), open_turns)
+
+    def _steps(
+        self, computation, count: int, fused: bool, callers: tuple, open_turns: int | None
+    ) -> Iterator[Step]:
         for instruction in computation.instructions.values():
             yield Step(instruction, computation, count, fused)
             turns, called = 1, ()
             match instruction.opcode:
                 case "while":
                     called = _NAME.findall(instruction.attribute(r"\bbody=(%[\w.\-]+)") or "")
-                    turns = self._turns(instruction, (*callers, (computation, instruction)))
+                    loop = (*callers, (computation, instruction))
+                    turns = self._turns(instruction, loop, open_turns)
                 case "conditional":
                     branches = r"(?:branch_computations=\{|true_computation=)([^}]*)"
                     called = _NAME.findall(instruction.attribute(branches) or "")
@@ -120,9 +125,10 @@ class Program:
                     count * turns,
                     fused or instruction.opcode == "fusion",
                     (*callers, (computation, instruction)),
+                    open_turns,
                 )
 
-    def _turns(self, loop: Instruction, callers: tuple) -> int:
+    def _turns(self, loop: Instruction, callers: tuple, open_turns: int | None) -> int:
         """Return how often a loop's body runs."""
         known = _KNOWN_TRIPS.search(loop.attributes)
         if known:
@@ -136,6 +142,8 @@ class Program:
             known = None not in (limit, start, step)
             if index is None and known and direction in ("LT", "LE"):
                 return max(0, -(-(limit - start + (direction == "LE")) // step))
+        if open_turns is not None:
+            return open_turns
         raise ValueError(f"the loop {loop.name!r} has no number of turns that its program fixes")
 
     def _counter(self, condition, name: str, callers: tuple) -> tuple[int | None, int | None]:

@@ -51,15 +51,10 @@ def host_share(mesh: Mesh, process: int | None = None) -> HostShare:
     return HostShare(shares.index(parts[process]), len(shares), process == first)
 
 
-def place_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Return the global batch of which each host gives its share of the rows.
-
-    Raises:
-      ValueError: the mesh does not divide the batch.
-    """
-    count = host_share(mesh).count
+def check_batch(batch: Batch, mesh: Mesh, num_shares: int = 1) -> None:
+    """Raise a ValueError where the mesh does not divide a batch, of which this is one share."""
     parts, stretches = ways(mesh, "activation_batch"), ways(mesh, "activation_length")
-    for size in {np.shape(x)[0] * count for x in batch.values() if np.ndim(x)}:
+    for size in {np.shape(x)[0] * num_shares for x in batch.values() if np.ndim(x)}:
         if size % parts:
             raise ValueError(
                 f"a batch of {size} does not divide over the {parts} devices of mesh.data × "
@@ -70,6 +65,15 @@ def place_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
             f"rows of {batch['tokens'].shape[1]} do not divide over mesh.context={stretches} "
             "devices; choose another length or mesh"
         )
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    """Return the global batch of which each host gives its share of the rows.
+
+    Raises:
+      ValueError: the mesh does not divide the batch.
+    """
+    check_batch(batch, mesh, host_share(mesh).count)
     shardings = {name: batch_sharding(mesh, np.shape(x)) for name, x in batch.items()}
     if jax.process_count() == 1:
         return jax.device_put(batch, shardings)  # sooner than one by one

@@ -13,29 +13,34 @@ import numpy as np
 from llm.parallel.hlo import Computation, Instruction, read_program
 
 
-def count_product_flops(compiled: jax.stages.Compiled | str) -> float:
+def count_product_flops(
+    compiled: jax.stages.Compiled | str, open_turns: int | None = None
+) -> float:
     """Return the FLOPs of dots, convolutions and ragged dots on one device, two a multiply-add.
 
-    TPUs run dots as convolutions. Kernels (`kernel_calls`) are not looked into.
+    TPUs run dots as convolutions. Kernels (`kernel_calls`) are not looked into. Loops whose number
+    of turns the program does not fix are taken to run `open_turns` times.
 
     Raises:
-      ValueError: a loop whose number of turns the program does not fix.
+      ValueError: there is such a loop, and no number is given.
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     counts = {"dot": _dot, "convolution": _convolution, "ragged-dot": _ragged_dot}
     total = 0.0
-    for step in read_program(text).steps():
+    for step in read_program(text).steps(open_turns):
         count = counts.get(step.instruction.opcode)
         if count is not None:
             total += step.count * count(step.instruction, step.computation)
     return total
 
 
-def kernel_calls(compiled: jax.stages.Compiled | str) -> Counter[str]:
-    """Return how often an execution calls each Pallas kernel of a TPU, by name."""
+def kernel_calls(
+    compiled: jax.stages.Compiled | str, open_turns: int | None = None
+) -> Counter[str]:
+    """Return how often an execution calls each Pallas kernel of a TPU, by name; loops as there."""
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     calls = Counter()
-    for step in read_program(text).steps():
+    for step in read_program(text).steps(open_turns):
         if step.instruction.attribute(r'custom_call_target="(tpu_custom_call)"'):
             calls[re.sub(r"[.\d]+$", "", step.instruction.name)] += step.count
     return calls

@@ -60,9 +60,28 @@ def make_rollout(
     Each prompt is answered `config.group` times, side by side. Compiles once: shapes are the
     config's.
     """
-    sampling = SamplingConfig(max_new_tokens=config.response_tokens, temperature=config.temperature)
     pad_id = tokenizer.eos_id
-    generate = make_generate(model, sampling, eos_ids=stop_ids(tokenizer), pad_id=pad_id)
+    sample = make_sample(model, config, eos_ids=stop_ids(tokenizer), pad_id=pad_id)
+
+    def rollout(params: dict, prompts: Sequence[Prompt], key) -> Rollout:
+        times, each = repeats(config, mesh, len(prompts) * host_share(mesh).count)
+        prompts = [prompt for prompt in prompts for _ in range(times)]
+        rows = np.full((len(prompts), config.prompt_tokens), pad_id, np.int32)
+        for row, prompt in zip(rows, prompts, strict=True):
+            row[-len(prompt.tokens) :] = prompt.tokens
+        lengths = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
+        placed = place_batch({"prompts": rows, "lengths": lengths}, mesh)
+        return sample(params, placed["prompts"], placed["lengths"], key, each)
+
+    return rollout
+
+
+def make_sample(
+    model: Transformer, config: RolloutConfig, *, eos_ids: Sequence[int], pad_id: int
+) -> Callable[..., Rollout]:
+    """Return the jitted (params, prompts [B P], lengths [B], key, n) → Rollout of n each."""
+    sampling = SamplingConfig(max_new_tokens=config.response_tokens, temperature=config.temperature)
+    generate = make_generate(model, sampling, eos_ids=eos_ids, pad_id=pad_id)
 
     @functools.partial(jax.jit, static_argnums=4)
     def sample(params, prompts, lengths, key, each) -> Rollout:
@@ -84,19 +103,15 @@ def make_rollout(
             finished=out.finished,
         )
 
-    def rollout(params: dict, prompts: Sequence[Prompt], key) -> Rollout:
-        # A prompt is read once for its whole group, unless there are too few to go round.
-        shared = divides_prompts(mesh, len(prompts) * host_share(mesh).count)
-        times, each = (1, config.group) if shared else (config.group, 1)
-        prompts = [prompt for prompt in prompts for _ in range(times)]
-        rows = np.full((len(prompts), config.prompt_tokens), pad_id, np.int32)
-        for row, prompt in zip(rows, prompts, strict=True):
-            row[-len(prompt.tokens) :] = prompt.tokens
-        lengths = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
-        placed = place_batch({"prompts": rows, "lengths": lengths}, mesh)
-        return sample(params, placed["prompts"], placed["lengths"], key, each)
+    return sample
 
-    return rollout
+
+def repeats(config: RolloutConfig, mesh: Mesh, num_prompts: int) -> tuple[int, int]:
+    """Return how often a prompt of so many is read, and how often each time it is answered.
+
+    It is read once for its whole group, unless there are too few to go round.
+    """
+    return (1, config.group) if divides_prompts(mesh, num_prompts) else (config.group, 1)
 
 
 def divides_prompts(mesh: Mesh, num_prompts: int) -> bool:

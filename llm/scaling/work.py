@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from llm.models.capacity import capacity_of
-from llm.models.config import TransformerConfig
+from llm.models.config import ComputeConfig, TransformerConfig
 from llm.scaling.workload import (
     Sizes,
     StateArray,
@@ -48,13 +48,37 @@ def count_work(workload: Workload, sizes: Sizes, platform: str = "tpu") -> Work:
     head = cached_flops(config, length).head * 3
     layers = _layer_products(workload) * turns
     dropless = config.expert_capacity_factor is None
+    a_token = attention_flops(config, workload.compute, length, platform)
     return Work(
         model=cached_training_flops(config, length) * workload.tokens,
         products=(layers + head) * workload.tokens,
         grouped=_expert_products(workload) * turns * workload.tokens * dropless,
-        attention=_attention_flops(workload, platform) * turns,
+        attention=a_token * workload.tokens * turns,
         optimizer=_muon_flops(workload, sizes) if workload.optimizer.name == "muon" else 0.0,
     )
+
+
+def grouped_flops(
+    config: TransformerConfig,
+    compute: ComputeConfig,
+    *,
+    backward: bool = True,
+    frozen: bool = False,
+) -> float:
+    """Return the FLOPs a token of the products of experts that drop none, which are a kernel's on
+    TPUs: of a forward pass, and a backward one; frozen ones have no gradients of their weights."""
+    if not config.moe_layers or config.expert_capacity_factor is not None:
+        return 0.0
+    expert = (3 if config.gated else 2) * config.width * config.expert_mlp_width
+    one = 2.0 * config.moe_layers * config.experts_per_token * expert
+    return one * _expert_passes(compute, backward=backward, frozen=frozen)
+
+
+def _expert_passes(compute: ComputeConfig, *, backward: bool = True, frozen: bool = False) -> int:
+    if not backward:
+        return 1
+    # The last product is repeated too: the gates' gradients ask for its result.
+    return 3 - frozen + (compute.remat in ("full", "attention"))
 
 
 def rows_per_token(workload: Workload) -> float:
@@ -72,9 +96,13 @@ def _expert_products(workload: Workload) -> float:
     experts = sum(a.size for a in param_arrays(workload) if _is_experts(a))
     if not experts:
         return 0.0
-    # The last product is repeated too: the gates' gradients ask for its result.
-    passes = 3 + (workload.compute.remat in ("full", "attention"))
-    return 2.0 * passes * experts / workload.model.num_experts * rows_per_token(workload)
+    return (
+        2.0
+        * _expert_passes(workload.compute)
+        * experts
+        / workload.model.num_experts
+        * rows_per_token(workload)
+    )
 
 
 def _layer_products(workload: Workload) -> float:
@@ -107,8 +135,15 @@ def _is_experts(array: StateArray) -> bool:
     return "experts" in array.names
 
 
-def _attention_flops(workload: Workload, platform: str) -> float:
-    """Return what the platform's kernel computes, in forward passes over all scores.
+def attention_flops(
+    config: TransformerConfig,
+    compute: ComputeConfig,
+    length: int,
+    platform: str = "tpu",
+    *,
+    backward: bool = True,
+) -> float:
+    """Return what the platform's kernel computes of a token in a forward pass, and a backward one.
 
     A forward pass is two products. Splash's backward is seven: three for the queries, four for keys
     and values, of which two each are the scores and their gradient again; FlashAttention's, as
@@ -116,12 +151,11 @@ def _attention_flops(workload: Workload, platform: str) -> float:
     once more, unless it keeps all that the backward asks for. Blocks that the mask hides are left
     out.
     """
-    config, length = workload.model, workload.length_tokens
-    backward, block = (3.5, _SPLASH_BLOCK) if platform == "tpu" else (2.5, _FLASH_BLOCK)
+    passes, block = (3.5, _SPLASH_BLOCK) if platform == "tpu" else (2.5, _FLASH_BLOCK)
     again = ("full",) if platform == "tpu" else ("full", "dots", "dots_with_no_batch", "attention")
-    runs = 1.0 + backward + (workload.compute.remat in again)
+    runs = 1.0 + backward * (passes + (compute.remat in again))
     whole = cached_flops(config, length, causal_half=False).attention
-    return runs * whole * _visited_share(config, length, block) * workload.tokens
+    return runs * whole * _visited_share(config, length, block)
 
 
 def _visited_share(config: TransformerConfig, length: int, largest_block: int) -> float:

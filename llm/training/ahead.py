@@ -3,7 +3,6 @@
 libtpu compiles for a TPU topology on any machine: `topology_devices("v5p:8x8x8")`.
 """
 
-import functools
 import math
 import os
 from collections.abc import Sequence
@@ -15,9 +14,16 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llm.models.transformer import Model, init_params
+from llm.models.transformer import Model
 from llm.parallel.rules import batch_sharding
-from llm.training.state import TrainState, fresh_state, state_shardings
+from llm.training.state import (
+    ParamSpec,
+    TrainState,
+    param_spec,
+    state_shapes,
+    state_shardings,
+)
+from llm.training.trainable import Rates
 
 
 def topology_devices(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
@@ -52,14 +58,18 @@ def _host(topology: str) -> dict[str, Sequence[int]]:
 
 
 def abstract_state(
-    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool = False
+    model: Model | ParamSpec,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    ema: bool = False,
+    rates: Rates | None = None,
 ) -> TrainState:
     """Return the shapes of a fresh state and where they lie."""
-    make = functools.partial(
-        fresh_state, functools.partial(init_params, model), optimizer, init_scale=1.0, ema=ema
-    )
-    shapes = jax.eval_shape(lambda key: make(key=key), jax.eval_shape(lambda: jax.random.key(0)))
-    return jax.tree.map(_placed, shapes, state_shardings(model, optimizer, mesh, ema=ema))
+    spec = model if isinstance(model, ParamSpec) else param_spec(model)
+    shapes = state_shapes(spec.shapes, optimizer, ema=ema, rates=rates)
+    lies = state_shardings(spec, optimizer, mesh, ema=ema, rates=rates)
+    return jax.tree.map(placed, shapes, lies)
 
 
 def batch_shapes(num_sequences: int, length_tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -77,12 +87,13 @@ def abstract_batch(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a packed batch and where they lie."""
     shapes = batch_shapes(num_sequences, length_tokens)
-    rows = {name: _placed(x, batch_sharding(mesh, x.shape)) for name, x in shapes.items()}
+    rows = {name: placed(x, batch_sharding(mesh, x.shape)) for name, x in shapes.items()}
     replicated = NamedSharding(mesh, PartitionSpec())
     return rows | {"cursor": jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated)}
 
 
-def _placed(x, sharding) -> jax.ShapeDtypeStruct:
+def placed(x, sharding) -> jax.ShapeDtypeStruct:
+    """Return an array's shape and where it lies."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 

@@ -5,7 +5,8 @@ Routers of a model with experts get no losses of their own here, as in RLHF: suc
 and keep the balance that pretraining and fine-tuning asked for.
 """
 
-from collections.abc import Callable
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,7 @@ def make_reference_step(
     config: PreferenceConfig,
     *,
     tile_tokens: int = 4096,
-) -> Callable[[dict, dict, HostBatch], HostBatch]:
+) -> "ReferenceStep":
     """Return (policy's parameters, reference's, batch) → the batch with what its loss needs beside.
 
     `reference_log_probs` [G K]: the train step needs no second model then. For KTO `mismatched_kl`
@@ -136,14 +137,31 @@ def make_reference_step(
             found["mismatched_kl"] = jnp.full(shape[0], mean)
         return found
 
-    def step(params: dict, reference_params: dict, batch: HostBatch) -> HostBatch:
-        if not config.needs_reference:
-            return batch
-        arrays = {name: x for name, x in batch.items() if name != "cursor"}
-        found = look(params, reference_params, place_batch(arrays, mesh))
-        return batch | {name: local_rows(x, mesh) for name, x in found.items()}
+    return ReferenceStep(look if config.needs_reference else None, mesh)
 
-    return step
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceStep:
+    """A jitted look at responses, called with this host's slice of the batch, or lowered with
+    shapes; without one batches stay as they are."""
+
+    jitted: Any
+    mesh: Mesh
+
+    def __call__(self, params: dict, reference_params: dict, batch: HostBatch) -> HostBatch:
+        if self.jitted is None:
+            return batch
+        found = self.jitted(params, reference_params, place_batch(_arrays(batch), self.mesh))
+        return batch | {name: local_rows(x, self.mesh) for name, x in found.items()}
+
+    def lower(self, params: dict, reference_params: dict, batch: dict) -> jax.stages.Lowered:
+        """Lower for the mesh's devices, which need not be here."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(params, reference_params, _arrays(batch))
+
+
+def _arrays(batch: dict) -> dict:
+    return {name: x for name, x in batch.items() if name != "cursor"}
 
 
 def make_preference_loss(

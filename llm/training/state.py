@@ -124,9 +124,16 @@ def state_shardings(
                 return sharding
         return replicated
 
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(lambda p, k: _new_state(p, optimizer, k, ema, rates), shapes, key)
+    state = state_shapes(shapes, optimizer, ema=ema, rates=rates)
     return jax.tree_util.tree_map_with_path(lies, state)
+
+
+def state_shapes(
+    shapes: dict, optimizer, *, ema: bool = False, rates: Rates | None = None
+) -> TrainState:
+    """Return the shapes of a fresh state whose parameters have these."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(lambda p, k: _new_state(p, optimizer, k, ema, rates), shapes, key)
 
 
 def averaged_params(state: TrainState) -> dict:
