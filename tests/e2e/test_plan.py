@@ -75,6 +75,23 @@ def test_a_mistake_is_one_line(arguments, message):
     assert line.startswith("error: ") and message in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--slice=v5e:2x2",), "config.source: not/here does not exist"),
+        (("--slice=v5e:2x2",), "--model=configs/….py names the recipe with its shape"),
+        (("--slice=h100:8",), "only pretraining is planned by formulas, on GPUs"),
+        (("--slice=v5e:2x2", "--search"), "only pretraining is planned by formulas"),
+        (("--slice=v5e:2x2", "--model=configs/llama3_9b.py"), "did you mean configs/llama3_8b.py"),
+    ],
+)
+def test_a_mistake_of_a_later_stage_is_one_line(arguments, message):
+    source = "--config=configs/finetune_tiny.py", "--config.source=not/here"
+    failed = run(*source, *arguments, expect=2)
+    (line,) = failed.stderr.strip().splitlines()
+    assert line.startswith("error: ") and message in line
+
+
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
 
@@ -97,6 +114,40 @@ def test_a_step_is_compiled_with_splash_attention():
     assert said["product_flops"] == pytest.approx(report["flops_a_step"]["products"], rel=1e-3)
     assert set(said["network_gb"]) == {"fsdp"}
     assert said["memory_gb"]["total"] < report["memory_gb"]["limit"]
+
+
+@needs_libtpu
+@pytest.mark.long
+def test_fine_tuning_is_compiled_as_pretraining_of_the_same_is():
+    """The same step by another entry point: its FLOPs are those of the pretraining plan's forms."""
+    same = SMALL[1:], "--slice=v5e:2x2"
+    rows = "--config.data.length_tokens=128", "--config.data.batch_sequences=16"
+    pretraining = plan(SMALL[0], *same[0], *rows, same[1], "--nocompile")
+    report = plan(
+        "--config=configs/finetune_tiny.py", "--model=configs/pretrain_tiny.py", *same[0], *rows,
+        same[1],
+    )  # fmt: skip
+    (update,) = report["programs"]
+    assert {"fwd", "dq", "dkv"} <= {
+        p for p in ("fwd", "dq", "dkv") for n in update["kernels"] if p in n
+    }
+    assert update["flops"] == pytest.approx(pretraining["flops_a_step"]["executed"], rel=1e-3)
+    assert report["memory_gb"]["parameters"] == pytest.approx(pretraining["memory_gb"]["params"])
+    assert report["seconds"] <= pretraining["seconds"]["predicted"]
+
+
+@needs_libtpu
+@pytest.mark.long
+def test_a_step_of_policy_gradients_is_sampled_scored_and_learnt():
+    report = plan(
+        "--config=configs/rlhf_tiny.py", "--model=configs/pretrain_tiny.py", *SMALL[1:],
+        "--config.rewards.rule={'kind': 'model', 'path': 'runs/reward'}", "--slice=v5e:2x2",
+    )  # fmt: skip
+    assert [row["program"] for row in report["programs"]] == ["rollout", "reward rule", "learn"]
+    assert report["fits"] and report["days"] == pytest.approx(60 * report["seconds"] / 86400)
+    assert report["seconds"] == pytest.approx(
+        sum(row["seconds"]["bound"] for row in report["programs"])
+    )
 
 
 LADDER = """
