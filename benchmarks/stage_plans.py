@@ -54,7 +54,8 @@ ROWS = (
     ("configs/rlhf_tiny.py", "v5p:4x4x4", "configs/llama3_8b.py",
      f"{_LARGE} {_RESPONSES} algorithm.minibatches=4"),
     ("configs/rlhf_smollm2.py", "v5e:8x8", "configs/llama3_8b.py",
-     f"{_LARGE} rollout.prompt_tokens=512 rollout.response_tokens=512"),
+     f"mesh.data=1 mesh.fsdp=8 mesh.tensor=8 {_BF16} compute.remat=full "
+     "rollout.prompt_tokens=512 rollout.response_tokens=512"),
 )  # fmt: skip
 
 
@@ -67,6 +68,8 @@ def main(_):
             continue
         if key not in kept:
             kept[key] = make_row(*key)
+            if not kept[key]["fits"]:
+                raise ValueError(f"{' '.join(key)} does not fit: {kept[key]['programs']}")
             with file.open("a") as lines:
                 lines.write(json.dumps(entry.plain(kept[key])) + "\n")
         rows.append(kept[key])

@@ -53,8 +53,7 @@ def load_model(source: str, *, step: int | None = None, ema: bool = False) -> Lo
     path = absolute(source)
     if is_workdir(path):
         fields = read_config(path)
-        if "calibration_bins" in fields:
-            raise ValueError(f"{source} holds a reward model, which scores texts and writes none")
+        check_writes(source, fields)
         part = "policy" if "rollout" in fields else ""  # of a run with several models
         config = load_model_config(path)
         loaded = load_params(path, step, part=part, ema=ema)
@@ -79,6 +78,12 @@ def load_model(source: str, *, step: int | None = None, ema: bool = False) -> Lo
     if found.tokenizer is None:
         raise ValueError(f"{source} has no tokenizer.json: put the model's own beside its weights")
     return LoadedModel(found.config, found.params, found.tokenizer)
+
+
+def check_writes(source: str, fields: Mapping[str, Any]) -> None:
+    """Raise a ValueError where the fields of a workdir's config are those of a reward model."""
+    if "calibration_bins" in fields:
+        raise ValueError(f"{source} holds a reward model, which scores texts and writes none")
 
 
 def origin_of(workdir: epath.PathLike, loaded: LoadedParams, *, ema: bool) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def member_runs(config: PretrainConfig, members: Sequence[Member]) -> MemberRuns
         logical_axes(model),
         causal_lm_loss(config, model),
         config.optimizer,
-        schedule_of(config),
+        schedule_of(config, config.num_steps),
         config.model.width_ratio,
         config.accumulate_steps,
     )

@@ -50,7 +50,7 @@ _MODEL = flags.DEFINE_string(
     "model",
     "",
     "Of stages after pretraining, what has their model's shape, if not config.source: a recipe of "
-    "pretraining, a workdir, a Hugging Face directory.",
+    "pretraining, a workdir, a Hugging Face directory, a .gguf file, or smollm2.",
 )
 _JSON = entry.define_json()
 _STAGES = FinetuneConfig, RewardModelConfig, DirectPreferenceConfig, RlhfConfig
@@ -79,8 +79,8 @@ def main(config) -> None:
 def _check_compiles(where: Slice) -> None:
     if not where.topology or not _COMPILE.value or _SEARCH.value:
         raise ValueError(
-            "only pretraining is planned by formulas, on GPUs, with --nocompile and by --search; "
-            "other stages by compiling them, for slices of TPUs"
+            "only recipes of pretraining are planned by formulas: others by compiling them, for "
+            "slices of TPUs, without --nocompile and --search"
         )
 
 

@@ -1,23 +1,26 @@
 """The programs of a step of policy gradients: sampling, reward models, learning."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.schema import RlhfConfig
-from experiments.assembly import PolicyTraining, assemble_rlhf
+from experiments.assembly_rlhf import PolicyTraining, assemble_rlhf
 from experiments.loading import is_workdir, load_model_config
 from experiments.plan_shapes import (
-    KernelWork,
+    Passes,
     Stage,
     StageProgram,
     device_bytes,
     frozen_models,
-    kernel_work,
+    kernel_flops,
+    num_score_params,
     reference_bytes,
     resident_bytes,
     updated_bytes,
@@ -27,54 +30,60 @@ from llm.models.config import TransformerConfig
 from llm.models.transformer import Transformer, init_cache
 from llm.parallel.hosts import check_batch
 from llm.parallel.rules import batch_sharding, ways
-from llm.rl.models import Models
 from llm.rl.rollout import make_sample, repeats
-from llm.rl.state import RlState
+from llm.rl.state import RlState, init_controllers, with_controllers
 from llm.scaling.accounting import count_flops, num_params
 from llm.scaling.work import grouped_flops
-from llm.training.ahead import abstract_batch, placed
+from llm.training.ahead import abstract_batch, abstract_state, placed
 
 
 def plan_rlhf(config: RlhfConfig, shape: TransformerConfig, mesh: Mesh) -> Stage:
+    """Return the programs of a step whose prompts and responses are as long as they may be."""
     training = assemble_rlhf(config, shape, mesh)
-    models, state = training.models, training.abstract_state(mesh)
+    models, state = training.models, state_of_rlhf(training, mesh)
     frozen = frozen_models(models, mesh)
-    rewards = _reward_models(config, shape)
+    rewards, notes = _reward_models(config, shape)
     resident = resident_bytes(state) | reference_bytes(frozen)
     if rewards:
-        resident["reward models"] = sum(4.0 * num_params(each) for each in rewards.values())
+        resident["reward models"] = sum(4.0 * num_score_params(each) for each in rewards.values())
     everything, policy = sum(resident.values()), state.params["policy"]
     sampling = _sampled(config, models.policy, mesh)
     rollout = StageProgram(
         "rollout",
         lambda: sampling.lower(policy),
+        kernels=_sampling_kernels(config, training, sampling),
         moved=config.rollout.response_tokens * _read_a_token(config, shape, policy, mesh),
-        kernels=_sampling_kernels(config, shape),
         beside=everything - device_bytes(policy),
         open_turns=config.rollout.response_tokens - 1,  # the first is the prefill's
     )
-    responses = config.responses_per_step
-    width = bucket_length(config.rollout.prompt_tokens + config.rollout.response_tokens)
     scores = [
         StageProgram(
             f"reward {name}",
             None,
-            products=responses * width * count_flops(each, width).forward(head=False),
+            products=_scoring_flops(config, each, config.rewards[name].batch_responses),
             beside=everything,
         )
         for name, each in rewards.items()
     ]
+    updates = config.algorithm.epochs * config.algorithm.minibatches
     learn = StageProgram(
         "learn",
         lambda: _lower_learn(config, training, state, frozen, sampling, mesh),
-        kernels=_learning_kernels(config, shape, models),
-        moved=config.algorithm.epochs
-        * config.algorithm.minibatches
-        * updated_bytes(state, training.rates),
+        kernels=_learning_kernels(config, training),
+        moved=updates * updated_bytes(state, training.rates),
         beside=resident.get("reward models", 0.0),
     )
-    tokens = config.tokens_per_step
-    return Stage(mesh, resident, [rollout, *scores, learn], tokens, config.total_steps)
+    programs, tokens = [rollout, *scores, learn], config.tokens_per_step
+    return Stage(
+        mesh, num_params(shape), resident, programs, tokens, config.total_steps, tuple(notes)
+    )
+
+
+def state_of_rlhf(training: PolicyTraining, mesh: Mesh) -> RlState:
+    """Return the shapes of a run's state and where they lie."""
+    train = abstract_state(training.spec, training.optimizer, mesh, rates=training.rates)
+    state = with_controllers(train, jax.eval_shape(functools.partial(init_controllers, 0.0)))
+    return jax.tree.map(placed, state, training.shardings)
 
 
 class _Sampled(NamedTuple):
@@ -136,45 +145,74 @@ def _lower_learn(
 
 
 def _read_a_token(config: RlhfConfig, shape: TransformerConfig, policy: dict, mesh: Mesh) -> float:
-    """Return the least bytes that a device reads for a token of each of its responses: the policy,
-    in the type that is computed in and whole but for tensor parallelism, and the cache."""
-    itemsize = jnp.dtype(config.compute.dtype).itemsize
-    weights = itemsize * sum(math.prod(x.shape) for x in jax.tree.leaves(policy))
+    """Return the bytes that a device reads for a token of each of its responses: its part, by
+    tensor and expert, of what multiplies them, in the smaller of the types that it is kept and
+    computed in; and the cache."""
+    widest = jnp.dtype(config.compute.dtype).itemsize
+
+    def one(path, x):
+        if path[-1].key == "embedding" and not (shape.tied_head and path[0].key == "embedder"):
+            return 0.0  # a row is looked up
+        cuts = {axis for axes in x.sharding.spec if axes for axis in np.ravel(axes)}
+        parts = math.prod(mesh.shape[axis] for axis in cuts & {"tensor", "expert"})
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        itemsize = min(widest, x.dtype.itemsize) if floating else jnp.iinfo(x.dtype).bits / 8
+        return math.prod(x.shape) * itemsize / parts
+
+    weights = sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(one, policy)))
     length = config.rollout.prompt_tokens + config.rollout.response_tokens
     cache = jax.eval_shape(
         lambda: init_cache(shape, config.responses_per_step, length, config.compute.dtype)
     )
     kept = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache.layers))
-    parts = ways(mesh, "activation_batch") * ways(mesh, "activation_kv_heads")
-    return weights / ways(mesh, "mlp") + kept / parts
+    return weights + kept / ways(mesh, "activation_batch") / ways(mesh, "activation_kv_heads")
 
 
-def _sampling_kernels(config: RlhfConfig, shape: TransformerConfig) -> KernelWork:
+def _sampling_kernels(config: RlhfConfig, training: PolicyTraining, sampling: _Sampled) -> float:
     """Attention over a cache is no kernel's; experts are."""
-    times, width = config.rollout.response_tokens - 1, config.rollout.prompt_tokens
-    tokens = config.rollout.prompts * width + config.responses_per_step * times
-    return KernelWork(0.0, tokens * grouped_flops(shape, config.compute, backward=False))
+    shape = training.models.policy.config
+    if not shape.moe_layers:
+        return 0.0
+    read = math.prod(sampling.prompts.shape)
+    tokens = read + config.responses_per_step * (config.rollout.response_tokens - 1)
+    return tokens * grouped_flops(shape, config.compute, backward=False)
 
 
-def _learning_kernels(config: RlhfConfig, shape: TransformerConfig, models: Models) -> KernelWork:
-    """Looks at the responses, if they are not those of the only update; then the updates."""
+def _learning_kernels(config: RlhfConfig, training: PolicyTraining) -> float:
+    """Looks at the responses, if they are not those of the only update; then the updates, and those
+    of text."""
+    algorithm, models = config.algorithm, training.models
     length = config.rollout.prompt_tokens + config.rollout.response_tokens
     tokens, learning = config.responses_per_step * length, 1 + (models.value is not None)
-    updates = config.algorithm.epochs * config.algorithm.minibatches
-    looks = 1 + learning * (updates > 1 or config.accumulate_steps > 1)
-    looking = kernel_work(shape, config, length, looks * tokens, backward=False)
-    passes = config.algorithm.epochs * learning
-    learnt = kernel_work(shape, config, length, passes * tokens)
-    return KernelWork(*map(sum, zip(looking, learnt, strict=True)))
+    once = algorithm.epochs * algorithm.minibatches == config.accumulate_steps == 1
+    looks = 1 + learning * (not once)
+    passes = [
+        Passes(looks * tokens, length, backward=False),
+        Passes(algorithm.epochs * learning * tokens, length),
+    ]
+    if algorithm.ptx_weight:
+        text = config.ptx.batch_sequences * config.ptx.length_tokens
+        passes.append(Passes(algorithm.epochs * text, config.ptx.length_tokens))
+    return kernel_flops(models.policy.config, config.compute, training.rates["policy"], *passes)
 
 
-def _reward_models(config: RlhfConfig, shape: TransformerConfig) -> dict[str, TransformerConfig]:
-    """Return the shapes of the reward models; of one that is not there yet the policy's."""
-    paths = {
-        name: epath.Path(reward.path)
-        for name, reward in sorted(config.rewards.items())
-        if reward.kind == "model"
-    }
-    return {
-        name: load_model_config(path) if is_workdir(path) else shape for name, path in paths.items()
-    }
+def _scoring_flops(config: RlhfConfig, shape: TransformerConfig, batch_responses: int) -> float:
+    """Return the FLOPs of a reward model's forward pass over the responses, padded as they are."""
+    width = bucket_length(config.rollout.prompt_tokens + config.rollout.response_tokens)
+    width = min(width, shape.max_length_tokens)
+    rows = -(-config.responses_per_step // batch_responses) * batch_responses
+    return rows * width * count_flops(shape, width).forward(head=False)
+
+
+def _reward_models(
+    config: RlhfConfig, policy: TransformerConfig
+) -> tuple[dict[str, TransformerConfig], list[str]]:
+    """Return the shapes of the reward models, and which of them are taken to be the policy's."""
+    shapes, notes = {}, []
+    for name, reward in sorted(config.rewards.items()):
+        if reward.kind == "model" and is_workdir(epath.Path(reward.path)):
+            shapes[name] = load_model_config(reward.path)
+        elif reward.kind == "model":
+            shapes[name] = policy
+            notes.append(f"rewards.{name}: {reward.path} is not there; taken to be like the policy")
+    return shapes, notes

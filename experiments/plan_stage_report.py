@@ -1,5 +1,6 @@
 """What `experiments.plan` prints of a stage after pretraining: each of its programs, and a step."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,6 @@ from experiments.plan_stages import StageConfig, model_shape, stage_of
 from experiments.plan_step import Compiled, DoesNotFit, compile_step
 from llm.evaluation.tables import format_duration
 from llm.parallel.collectives import bytes_by_axes
-from llm.scaling.accounting import num_params
 from llm.scaling.hardware import Slice
 from llm.scaling.workload import mesh_sizes
 from llm.training.ahead import topology_devices
@@ -20,7 +20,8 @@ def report_on_stage(config: StageConfig, where: Slice, model: str = "") -> dict:
     by default the config's source.
 
     A program takes at least what its products, the least it reads and writes, or what it sends
-    takes at published rates; a step takes them one after the other.
+    takes at published rates; a step takes them one after the other. Of a step that does not fit no
+    times are told.
 
     Raises:
       FileNotFoundError: nothing has the model's shape.
@@ -37,23 +38,25 @@ def report_on_stage(config: StageConfig, where: Slice, model: str = "") -> dict:
         ) from error
     stage = stage_of(config, shape, topology_devices(where.topology, where.num_slices))
     programs = [_describe(program, stage, config, where) for program in stage.programs]
-    seconds = sum(program["seconds"]["bound"] for program in programs)
-    days = None if stage.num_steps is None else stage.num_steps * seconds / 86400
+    fits = all(program["fits"] for program in programs)
+    seconds = sum(program["seconds"]["bound"] for program in programs) if fits else None
+    days = stage.num_steps * seconds / 86400 if fits and stage.num_steps is not None else None
     price = config.run.chip_hour_dollars.get(where.chip_name)
     sizes = mesh_sizes(config.mesh, where.num_chips)
     return {
         "slice": where.name,
         "chips": where.num_chips,
         "mesh": {axis: size for axis, size in sizes.items() if size > 1},
-        "params": num_params(shape),
-        "fits": all(program["fits"] for program in programs),
+        "params": stage.params,
+        "fits": fits,
         "memory_gb": {"limit": where.chip.memory_bytes / GB}
         | {name: value / GB for name, value in stage.resident.items()},
         "programs": programs,
         "seconds": seconds,
-        "tokens_a_day": stage.tokens / seconds * 86400,
+        "tokens_a_day": stage.tokens / seconds * 86400 if fits else None,
         "days": days,
         "dollars": None if days is None or price is None else days * 24 * where.num_chips * price,
+        "notes": stage.notes,
     }
 
 
@@ -69,7 +72,7 @@ def _describe(program: StageProgram, stage: Stage, config: StageConfig, where: S
     try:
         found = compile_step(program.lower(), stage.mesh, program.open_turns)
     except DoesNotFit as error:
-        return row | {"fits": False, "compiler": str(error)} | {"seconds": {"bound": 0.0}}
+        return row | {"fits": False, "compiler": str(error), "seconds": None}
     return row | _measured(program, found, config, where)
 
 
@@ -78,7 +81,7 @@ def _measured(
 ) -> dict[str, Any]:
     """Return the compiler's account of a program and the least time that it takes."""
     chips, chip = where.num_chips, where.chip
-    flops = found.product_flops * chips + program.kernels.of(found.kernels)
+    flops = found.product_flops * chips + program.kernels
     sent = bytes_by_axes(found.collectives)
     network = network_seconds(sent, where, config.mesh)
     seconds = {
@@ -126,19 +129,23 @@ def stage_text(report: Mapping[str, Any]) -> str:
         ),
     ]  # fmt: skip
     lines += [_program_line(row) for row in report["programs"]]
+    lines += report["notes"]
     if not report["fits"]:
         return "\n".join(lines)
     days, dollars = report["days"], report["dollars"]
     whole = "total_steps is not set: passes over the data are counted when it is there"
     if days is not None:
-        whole = f"at least {format_duration(days * 86400)}"
+        whole = f"at least {format_duration(math.ceil(days * 86400))}"
         whole += (
             "; its price needs run.chip_hour_dollars"
             if dollars is None
             else f", {dollars:,.0f} dollars"
         )
     lines += [
-        f"seconds a step         at least {report['seconds']:.3g}",
+        f"seconds a step         at least {report['seconds']:.3g}"
+        + (
+            ", of full length" if any(r["program"] == "rollout" for r in report["programs"]) else ""
+        ),
         f"tokens a day           at most {report['tokens_a_day']:.3e}",
         f"the whole run          {whole}",
     ]
@@ -149,11 +156,12 @@ def _program_line(row: Mapping[str, Any]) -> str:
     if "compiler" in row:
         return f"{row['program']:18} too large: {row['compiler']}"
     height, seconds = row.get("height_gb"), row["seconds"]
+    bound_by = row["bound_by"] if row["fits"] else "TOO LARGE"
     return _COLUMNS.format(
         row["program"],
         "" if height is None else f"{height:.2f}",
         f"{row['beside_gb']:.2f}",
         f"{row['flops']:.3e}",
         *(f"{seconds[name]:.3g}" for name in ("compute", "memory", "network", "bound")),
-        row["bound_by"],
+        bound_by,
     )

@@ -16,24 +16,31 @@ from configs.schema import (
     RlhfConfig,
     SpeedrunConfig,
 )
-from experiments.assembly import (
-    assemble_finetuning,
-    assemble_preference_training,
-    assemble_reward_training,
+from experiments.assembly import Training, assemble_finetuning
+from experiments.assembly_preference import assemble_preference_training
+from experiments.assembly_reward import assemble_reward_training
+from experiments.loading import (
+    check_writes,
+    is_workdir,
+    load_model,
+    load_model_config,
+    read_config,
 )
-from experiments.loading import is_workdir, load_model, load_model_config
 from experiments.plan_rlhf import plan_rlhf
 from experiments.plan_shapes import (
+    Passes,
     Stage,
     StageProgram,
     comparison_batch,
     device_bytes,
     frozen_models,
-    kernel_work,
+    kernel_flops,
+    num_score_params,
     reference_bytes,
     resident_bytes,
     updated_bytes,
 )
+from experiments.plan_step import state_of
 from llm.data.disk import read_json_object
 from llm.interop.families import config_from_huggingface
 from llm.models.config import TransformerConfig
@@ -41,9 +48,10 @@ from llm.models.on_mesh import check_on_mesh
 from llm.parallel.hosts import check_batch
 from llm.parallel.mesh import make_mesh
 from llm.rl.models import Models
+from llm.scaling.accounting import num_params
 from llm.training.ahead import abstract_batch
 from llm.training.files import absolute
-from llm.training.preference_loss import make_reference_step
+from llm.training.preference_loss import ReferenceStep, make_reference_step
 
 StageConfig = FinetuneConfig | RewardModelConfig | DirectPreferenceConfig | RlhfConfig
 SOME_STEPS = 10**9  # where their number is not known: the programs are the same
@@ -61,6 +69,7 @@ def model_shape(source: str) -> TransformerConfig:
         return (config.pretrain if isinstance(config, SpeedrunConfig) else config).model
     path = absolute(source)
     if is_workdir(path):
+        check_writes(source, read_config(path))
         return load_model_config(path)
     if (path / "config.json").exists():
         return config_from_huggingface(read_json_object(path / "config.json"))
@@ -88,35 +97,37 @@ def stage_of(config: StageConfig, shape: TransformerConfig, devices: Sequence[ja
 def _plan_finetuning(config: FinetuneConfig, shape: TransformerConfig, mesh: Mesh) -> Stage:
     steps = config.num_steps(0) if config.total_epochs is None else None  # of packed rows
     training = assemble_finetuning(config, shape, mesh, steps or SOME_STEPS)
-    state = training.abstract_state(mesh)
+    state = state_of(training, mesh)
     batch = abstract_batch(mesh, config.data.batch_sequences, config.data.length_tokens)
     check_batch(batch, mesh)
+    tokens = config.tokens_per_step
     update = StageProgram(
         "update",
         lambda: training.train_step.lower(state, batch),
-        kernels=kernel_work(shape, config, config.data.length_tokens, config.tokens_per_step),
+        kernels=_kernels(config, training, Passes(tokens, config.data.length_tokens)),
         moved=updated_bytes(state, training.rates),
     )
-    return Stage(mesh, resident_bytes(state), [update], config.tokens_per_step, steps)
+    return Stage(mesh, num_params(shape), resident_bytes(state), [update], tokens, steps)
 
 
 def _plan_reward(config: RewardModelConfig, shape: TransformerConfig, mesh: Mesh) -> Stage:
     training = assemble_reward_training(config, shape, mesh, config.total_steps or SOME_STEPS)
-    state, batch = training.abstract_state(mesh), comparison_batch(config.comparisons, mesh)
-    length = config.comparisons.length_tokens
+    state, batch = state_of(training, mesh), comparison_batch(config.comparisons, mesh)
+    tokens = config.tokens_per_step
     update = StageProgram(
         "update",
         lambda: training.train_step.lower(state, batch),
-        kernels=kernel_work(shape, config, length, config.tokens_per_step),
+        kernels=_kernels(config, training, Passes(tokens, config.comparisons.length_tokens)),
         moved=updated_bytes(state, training.rates),
     )
-    return Stage(mesh, resident_bytes(state), [update], config.tokens_per_step, config.total_steps)
+    params = num_score_params(shape)
+    return Stage(mesh, params, resident_bytes(state), [update], tokens, config.total_steps)
 
 
 def _plan_preference(config: DirectPreferenceConfig, shape: TransformerConfig, mesh: Mesh) -> Stage:
     training = assemble_preference_training(config, shape, mesh, config.total_steps or SOME_STEPS)
     models = Models(training.model, None)
-    state, batch = training.abstract_state(mesh), comparison_batch(config.comparisons, mesh)
+    state, batch = state_of(training, mesh), comparison_batch(config.comparisons, mesh)
     frozen = frozen_models(models, mesh) if config.preference.needs_reference else {}
     resident = resident_bytes(state) | reference_bytes(frozen)
     length, tokens = config.comparisons.length_tokens, config.tokens_per_step
@@ -129,17 +140,16 @@ def _plan_preference(config: DirectPreferenceConfig, shape: TransformerConfig, m
             config.preference,
             tile_tokens=config.loss_tile_tokens,
         )
-        theirs = models.reference_params({"policy": state.params}, frozen)
-        looks, used = 1, device_bytes(theirs)
+        looks, used = 1, device_bytes(models.reference_params({"policy": state.params}, frozen))
         looked_at, batch = batch, batch | {"reference_log_probs": batch["levels"]}
         if config.preference.method == "kto":  # looks at mismatched responses, by both models
-            looks, used = 3, used + device_bytes(state.params) * (not models.shared)
+            looks, used = 3, resident["parameters"] + resident.get("reference", 0.0)
             batch["mismatched_kl"] = batch["margins"]
         programs.append(
             StageProgram(
                 "reference",
-                lambda: add_reference.lower(state.params, theirs, looked_at),
-                kernels=kernel_work(shape, config, length, looks * tokens, backward=False),
+                lambda: _lower_reference(add_reference, models, state.params, frozen, looked_at),
+                kernels=_kernels(config, training, Passes(looks * tokens, length, backward=False)),
                 moved=used,
                 beside=sum(resident.values()) - used,
             )
@@ -148,9 +158,25 @@ def _plan_preference(config: DirectPreferenceConfig, shape: TransformerConfig, m
         StageProgram(
             "update",
             lambda: training.train_step.lower(state, batch),
-            kernels=kernel_work(shape, config, length, tokens),
+            kernels=_kernels(config, training, Passes(tokens, length)),
             moved=updated_bytes(state, training.rates),
             beside=resident.get("reference", 0.0),
         )
     )
-    return Stage(mesh, resident, programs, tokens, config.total_steps)
+    return Stage(mesh, num_params(shape), resident, programs, tokens, config.total_steps)
+
+
+def _lower_reference(
+    look: ReferenceStep, models: Models, params: dict, frozen: dict, batch: dict
+) -> jax.stages.Lowered:
+    if not models.shared:
+        return look.lower(params, frozen["reference"], batch)
+
+    def look_by_one(params, _, batch):  # a trunk that both stand on is one argument
+        return look.jitted(params, models.reference_params({"policy": params}, {}), batch)
+
+    return ReferenceStep(jax.jit(look_by_one), look.mesh).lower(params, {}, batch)
+
+
+def _kernels(config: StageConfig, training: Training, passes: Passes) -> float:
+    return kernel_flops(training.model.config, config.compute, training.rates, passes)

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from configs.schema import PretrainConfig
-from experiments.assembly import assemble_pretraining
+from experiments.assembly import Training, assemble_pretraining
 from llm.parallel.collectives import Collective, read_collectives
 from llm.parallel.mesh import make_mesh
 from llm.parallel.products import count_product_flops, kernel_calls
@@ -18,9 +18,11 @@ from llm.scaling.workload import Workload
 from llm.training.ahead import (
     ChipMemory,
     abstract_batch,
+    abstract_state,
     chip_memory,
     topology_devices,
 )
+from llm.training.state import TrainState
 
 
 def workload_of(config: PretrainConfig) -> Workload:
@@ -99,4 +101,10 @@ def lower_pretraining(
     mesh = make_mesh(config.mesh, devices)
     training = assemble_pretraining(config, mesh)
     batch = abstract_batch(mesh, config.data.batch_sequences, config.data.length_tokens)
-    return training.train_step.lower(training.abstract_state(mesh), batch), mesh
+    return training.train_step.lower(state_of(training, mesh), batch), mesh
+
+
+def state_of(training: Training, mesh: Mesh) -> TrainState:
+    """Return the shapes of a training's state and where they lie."""
+    model, optimizer = training.model, training.optimizer
+    return abstract_state(model, optimizer, mesh, ema=training.ema, rates=training.rates)

@@ -12,7 +12,7 @@ import jax
 
 from configs.schema import DirectPreferenceConfig
 from experiments import entry
-from experiments.assembly import assemble_preference_training
+from experiments.assembly_preference import assemble_preference_training
 from experiments.feedback import feedback_digests, load_comparisons
 from experiments.loading import Start, load_model, load_start
 from experiments.run_flags import PROFILE, start_processes
@@ -26,7 +26,7 @@ from llm.parallel.mesh import make_mesh
 from llm.parallel.rules import make_shardings
 from llm.rl.models import Models
 from llm.training.digests import tree_digest
-from llm.training.preference_loss import make_preference_loss, make_reference_step
+from llm.training.preference_loss import make_reference_step
 from llm.training.replay import replayed
 from llm.training.run import Run
 from llm.training.run_config import check_config
@@ -58,8 +58,7 @@ def train_on_preferences(config: DirectPreferenceConfig, workdir: str) -> None:
     models = Models(model, None)
     tiles = dict(tile_tokens=config.loss_tile_tokens)
     add_reference = make_reference_step(model, models.reference, mesh, config.preference, **tiles)
-    loss_fn = make_preference_loss(model, config.preference, **tiles)
-    score = jax.jit(lambda params, batch: loss_fn(params, batch, None)[1])
+    score = jax.jit(lambda params, batch: training.loss_fn(params, batch, None)[1])
 
     def evaluate(run: Run, state: TrainState, frozen: dict) -> None:
         if "validation" not in encoded:

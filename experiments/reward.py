@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.schema import RewardModelConfig
 from experiments import entry
-from experiments.assembly import assemble_reward_training
+from experiments.assembly_reward import assemble_reward_training
 from experiments.feedback import feedback_digests, load_comparisons
 from experiments.loading import Start, load_start
 from experiments.rewards import SCALE

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from configs.schema import RlhfConfig
 from experiments import entry
-from experiments.assembly import assemble_rlhf
+from experiments.assembly_rlhf import assemble_rlhf
 from experiments.loading import Start, load_model, load_start
 from experiments.rewards import load_rewards, load_value_start, weight_of
 from experiments.run_flags import PROFILE, start_processes
@@ -95,7 +95,9 @@ def rlhf(
         for line in (f"{len(prompts.prompts)} prompts", *prompts.left_out()):
             run.say(line)
         tokenizer.save(run.workdir / "tokenizer")
-        state = training.init_state(mesh, config, params)
+        state = training.init_state(
+            mesh, config.seed, params=params, kl_coefficient=config.kl.coefficient
+        )
 
         # Restore
         state, batches = run.restore(state, batches)

@@ -59,26 +59,27 @@ def count_work(workload: Workload, sizes: Sizes, platform: str = "tpu") -> Work:
 
 
 def grouped_flops(
-    config: TransformerConfig,
-    compute: ComputeConfig,
-    *,
-    backward: bool = True,
-    frozen: bool = False,
+    config: TransformerConfig, compute: ComputeConfig, *, backward: bool = True, learn: bool = True
 ) -> float:
-    """Return the FLOPs a token of the products of experts that drop none, which are a kernel's on
-    TPUs: of a forward pass, and a backward one; frozen ones have no gradients of their weights."""
-    if not config.moe_layers or config.expert_capacity_factor is not None:
+    """Return the FLOPs a token of the products of experts that drop none, which are kernels' on
+    TPUs: of a forward pass and a backward one, without gradients of weights that do not learn."""
+    if config.expert_capacity_factor is not None:
         return 0.0
-    expert = (3 if config.gated else 2) * config.width * config.expert_mlp_width
-    one = 2.0 * config.moe_layers * config.experts_per_token * expert
-    return one * _expert_passes(compute, backward=backward, frozen=frozen)
+    passes = _expert_passes(compute, backward=backward, learn=learn)
+    return passes * _expert_forward(config, config.experts_per_token)
 
 
-def _expert_passes(compute: ComputeConfig, *, backward: bool = True, frozen: bool = False) -> int:
+def _expert_forward(config: TransformerConfig, rows: float) -> float:
+    """Return the FLOPs a token of a forward pass through so many routed experts."""
+    products = 3 if config.gated else 2
+    return 2.0 * config.moe_layers * rows * products * config.width * config.expert_mlp_width
+
+
+def _expert_passes(compute: ComputeConfig, *, backward: bool = True, learn: bool = True) -> int:
     if not backward:
         return 1
     # The last product is repeated too: the gates' gradients ask for its result.
-    return 3 - frozen + (compute.remat in ("full", "attention"))
+    return 2 + learn + (compute.remat in ("full", "attention"))
 
 
 def rows_per_token(workload: Workload) -> float:
@@ -93,24 +94,16 @@ def rows_per_token(workload: Workload) -> float:
 
 def _expert_products(workload: Workload) -> float:
     """Return the FLOPs a token of the products of routed experts, all passes."""
-    experts = sum(a.size for a in param_arrays(workload) if _is_experts(a))
-    if not experts:
+    if not workload.model.moe_layers:
         return 0.0
-    return (
-        2.0
-        * _expert_passes(workload.compute)
-        * experts
-        / workload.model.num_experts
-        * rows_per_token(workload)
-    )
+    forward = _expert_forward(workload.model, rows_per_token(workload))
+    return _expert_passes(workload.compute) * forward
 
 
 def _layer_products(workload: Workload) -> float:
     """Return the FLOPs a token of the products of all layers, all passes."""
     dense = cached_flops(workload.model, workload.length_tokens).projections
-    for array in filter(_is_experts, param_arrays(workload)):
-        config = workload.model
-        dense -= 2.0 * array.size / config.num_experts * config.experts_per_token
+    dense -= _expert_forward(workload.model, workload.model.experts_per_token)
     return dense * (3 + repeated_share(workload)) + _expert_products(workload)
 
 

@@ -80,8 +80,8 @@ def test_a_mistake_is_one_line(arguments, message):
     [
         (("--slice=v5e:2x2",), "config.source: not/here does not exist"),
         (("--slice=v5e:2x2",), "--model=configs/….py names the recipe with its shape"),
-        (("--slice=h100:8",), "only pretraining is planned by formulas, on GPUs"),
-        (("--slice=v5e:2x2", "--search"), "only pretraining is planned by formulas"),
+        (("--slice=h100:8",), "only recipes of pretraining are planned by formulas"),
+        (("--slice=v5e:2x2", "--search"), "without --nocompile and --search"),
         (("--slice=v5e:2x2", "--model=configs/llama3_9b.py"), "did you mean configs/llama3_8b.py"),
     ],
 )

@@ -5,11 +5,13 @@ for TPUs.
 """
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 
 from configs.schema import (
     DirectPreferenceConfig,
@@ -17,8 +19,9 @@ from configs.schema import (
     RewardModelConfig,
     RlhfConfig,
 )
-from experiments.assembly import assemble_preference_training, assemble_rlhf
-from experiments.plan_shapes import comparison_batch, device_bytes
+from experiments.assembly_preference import assemble_preference_training
+from experiments.assembly_rlhf import assemble_rlhf
+from experiments.plan_shapes import Passes, comparison_batch, device_bytes, kernel_flops
 from experiments.plan_stages import model_shape, stage_of
 from experiments.plan_step import compile_step
 from llm.data.comparisons import ComparisonBatches, EncodedFeedback
@@ -26,7 +29,7 @@ from llm.data.config import ComparisonsConfig, DataConfig, SourceConfig
 from llm.data.tokenizer_training import byte_tokenizer
 from llm.models.config import AdapterConfig, ComputeConfig, TransformerConfig
 from llm.models.scalar import ScalarModel
-from llm.models.transformer import Transformer, init_params
+from llm.models.transformer import Transformer, init_params, param_shapes
 from llm.parallel.config import MeshConfig
 from llm.parallel.hosts import place_batch
 from llm.parallel.mesh import make_mesh
@@ -35,8 +38,9 @@ from llm.rl.models import Models
 from llm.rl.prompts import Prompt
 from llm.rl.rollout import make_rollout
 from llm.scaling.accounting import count_flops, num_params
-from llm.training.config import OptimizerConfig, PreferenceConfig
+from llm.training.config import OptimizerConfig, PreferenceConfig, TrainableConfig
 from llm.training.preference_loss import make_reference_step
+from llm.training.trainable import make_rates
 
 L, D, H, F, V = 3, 32, 4, 64, 384  # layers, width, heads of 8, features; a vocabulary of 3 · 128
 SHAPE = TransformerConfig(
@@ -127,8 +131,15 @@ def test_a_reference_looks_once_and_lies_beside_the_update():
     assert flops(kto.programs[0], kto) == pytest.approx(3 * expected, rel=2e-3)
     simpo = planned(preference(preference=PreferenceConfig(method="simpo")))
     assert [program.name for program in simpo.programs] == ["update"]
+    assert kto.programs[0].beside == pytest.approx(2 * WEIGHTS, rel=1e-3)  # the policy it reads
     shared = planned(preference(adapter=AdapterConfig(rank=2)))
     assert "reference" not in shared.resident and shared.programs[-1].beside == 0
+    assert shared.programs[0].beside > shared.resident["optimizer"]  # and the policy's factors
+    adapter = AdapterConfig(rank=2, targets=("query",))
+    both = planned(preference(adapter=adapter, preference=PreferenceConfig(method="kto")))
+    assert both.programs[0].beside == both.resident["optimizer"]
+    factors = 2 * L * 2 * (D + D) * stage.tokens  # which the policy alone goes through
+    assert flops(both.programs[0], both) == pytest.approx(3 * expected + factors, rel=2e-3)
 
 
 def test_policy_gradients_sample_look_and_learn():
@@ -153,14 +164,51 @@ def test_policy_gradients_sample_look_and_learn():
 
 
 def test_a_reward_model_lies_whole_on_each_chip_and_scores_what_was_sampled():
-    model = {"judge": RewardConfig(kind="model", path="runs/not_trained_yet")}
+    model = {"judge": RewardConfig(kind="model", path="runs/not_trained", batch_responses=3)}
     stage = planned(rlhf(rewards=model))
-    rollout, score, learn = stage.programs
+    _, score, learn = stage.programs
     assert score.name == "reward judge" and score.lower is None
-    assert stage.resident["reward models"] == 4 * num_params(SHAPE)
-    assert learn.beside == 4 * num_params(SHAPE)
+    trunk = num_params(SHAPE) - D * V + D + 1  # a score in place of the vocabulary
+    assert stage.resident["reward models"] == learn.beside == 4 * trunk
     layers = 2 * KERNELS + 4 * L * 8 * D  # of 16 positions each sees half
-    assert score.products == pytest.approx(8 * 16 * layers, rel=1e-3)
+    assert score.products == pytest.approx(9 * 16 * layers, rel=1e-3)  # 8 responses, in threes
+    (note,) = stage.notes
+    assert "runs/not_trained is not there" in note
+
+
+def test_sampling_reads_what_multiplies_and_the_cache_for_each_token():
+    """In the smaller of the types that weights are kept and computed in; a table's rows are looked
+    up."""
+    config = rlhf(mesh=MeshConfig(data=1, fsdp=2, tensor=2),
+                  compute=ComputeConfig(dtype="bfloat16", unroll_layers=False))  # fmt: skip
+    rollout = planned(config).programs[0]
+    cache = 8 / 2 * T * L * 2 * (H / 2) * 8  # of half the responses, half the heads
+    read = (KERNELS + D * V) / 2 + NORMS + cache
+    assert rollout.moved == pytest.approx(4 * 2 * read, rel=1e-3)
+
+
+def test_kernels_are_counted_where_the_models_choose_them():
+    long = dataclasses.replace(SHAPE, max_length_tokens=256)
+    compute = ComputeConfig()
+    scores = 4 * L * 128 * D
+    forward = Passes(10, 128, backward=False)
+    assert kernel_flops(long, compute, None, forward) == 10 * scores
+    # Splash: two products forward, seven backward
+    assert kernel_flops(long, compute, None, Passes(10, 128)) == 10 * scores * (1 + 3.5)
+    for shape, length in ((long, 72), (dataclasses.replace(long, positions="alibi"), 128)):
+        assert kernel_flops(shape, compute, None, Passes(10, length)) == 0
+    experts = dict(num_experts=4, experts_per_token=2, expert_mlp_width=F)
+    sparse = dataclasses.replace(SHAPE, cycle_layers=("global_moe",), **experts)
+    one = L * 2 * 2 * 3 * D * F  # two experts of three kernels
+    learn = make_rates(TrainableConfig(), sparse, param_shapes(Transformer(sparse)))
+    frozen = make_rates(
+        TrainableConfig(train=("*attention*",)), sparse, param_shapes(Transformer(sparse))
+    )
+    assert kernel_flops(sparse, compute, learn, Passes(10, T, backward=False)) == 10 * one
+    assert kernel_flops(sparse, compute, learn, Passes(10, T)) == 30 * one
+    assert kernel_flops(sparse, compute, frozen, Passes(10, T)) == 20 * one
+    capacity = dataclasses.replace(sparse, expert_capacity_factor=1.0)
+    assert kernel_flops(capacity, compute, learn, Passes(10, T)) == 0
 
 
 # ------------------------------------------------------------------- what is planned, runs
@@ -181,7 +229,7 @@ def test_the_planned_programs_take_what_a_run_gives_them():
         "value": init_params(ScalarModel(shape, ComputeConfig()), keys[1]),
     }
     with jax.set_mesh(mesh):
-        state = training.init_state(mesh, config, params)
+        state = training.init_state(mesh, 0, params=params, kl_coefficient=0.1)
         lies = jax.tree.map(lambda x: x.sharding, state.params["policy"])
         frozen = {"reference": jax.device_put(params["policy"], lies)}
         prompts = [Prompt((), tuple(range(3 + i)), {}, f"test:{i}") for i in range(4)]
@@ -222,7 +270,21 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
 
 
 def test_the_shape_comes_from_a_recipe_a_workdir_or_a_hugging_face_directory(tmp_path):
-    assert num_params(model_shape("configs/gpt2_124m.py")) == 124_439_808  # with biases
+    assert num_params(model_shape("configs/gpt2_124m.py")) == 124_439_808  # Radford et al. 2019
+    run, theirs = tmp_path / "run", tmp_path / "theirs"
+    run.mkdir(), theirs.mkdir()
+    fields = {"model": dataclasses.asdict(SHAPE)}
+    (run / "config.json").write_text(json.dumps(fields))
+    assert model_shape(str(run)) == SHAPE
+    (run / "config.json").write_text(json.dumps(fields | {"calibration_bins": 10}))
+    with pytest.raises(ValueError, match="holds a reward model"):
+        model_shape(str(run))
+    shape = dict(vocab_size=V, hidden_size=D, num_hidden_layers=L, num_attention_heads=H,
+                 intermediate_size=F)  # fmt: skip
+    config = transformers.LlamaConfig(**shape, max_position_embeddings=64)
+    config.save_pretrained(theirs)
+    found = model_shape(str(theirs))
+    assert (found.width, found.num_layers, found.mlp_width, found.vocab_size) == (D, L, F, V)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         model_shape(str(tmp_path / "nothing"))
 

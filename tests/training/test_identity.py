@@ -111,3 +111,11 @@ def test_a_damaged_record_is_named(tmp_path, house):
     (tmp_path / "run" / "identity" / "code.json").write_text("{")
     with pytest.raises(ValueError, match="code.json is not JSON"):
         start(tmp_path / "run", house)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "reward", "scaling"])
+def test_a_run_is_not_disturbed_by_what_another_stage_computes(stage):
+    """The code of a run is what it imports: no policy gradients here."""
+    names = code_of(f"experiments/{stage}.py")
+    assert "llm/training/step.py" in names
+    assert not {f"llm/rl/{name}.py" for name in ("learning", "loss", "rollout")} & set(names)
