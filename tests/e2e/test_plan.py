@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from experiments.plan_stages import model_shape
+from llm.scaling.accounting import count_flops
+
 SMALL = (
     "--config=configs/pretrain_tiny.py",
     "--config.compute.dtype=bfloat16",
@@ -148,6 +151,34 @@ def test_a_step_of_policy_gradients_is_sampled_scored_and_learnt():
     assert report["seconds"] == pytest.approx(
         sum(row["seconds"]["bound"] for row in report["programs"])
     )
+
+
+DROPLESS = """
+from configs import moe_tiny
+
+
+def get_config(arg=None):
+    config = moe_tiny.get_config()
+    config.model.expert_capacity_factor = None
+    return config
+"""
+
+
+@needs_libtpu
+@pytest.mark.long
+def test_what_kernels_compute_is_counted_too(tmp_path):
+    """Splash and grouped products of a look at 128 positions: all scores, which are one block."""
+    (tmp_path / "dropless.py").write_text(DROPLESS)
+    model = f"{tmp_path / 'dropless.py'}"
+    report = plan(
+        "--config=configs/preference_tiny.py", f"--model={model}", "--slice=v5e:1x1",
+        "--config.compute.dtype=bfloat16", "--config.compute.unroll_layers=false",
+    )  # fmt: skip
+    reference, _ = report["programs"]
+    assert any("ragged" in name for name in reference["kernels"])
+    assert any("mha_fwd" in name for name in reference["kernels"])
+    forward = count_flops(model_shape(model), 128, causal_half=False).forward()
+    assert reference["flops"] == pytest.approx(16 * 4 * 128 * forward, rel=2e-3)
 
 
 LADDER = """
