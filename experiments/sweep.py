@@ -53,7 +53,7 @@ def main(sweep: SweepConfig) -> None:
         first = next(iter(rungs_of(sweep, members)), 0)
         print(executor.describe([job_of(sweep, member, workdir, first) for member in members]))
         return
-    over = _REPORT_ONLY.value
+    over, told = _REPORT_ONLY.value, {}
     if not over:
         executor = make_executor(sweep, members, workdir)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -62,10 +62,11 @@ def main(sweep: SweepConfig) -> None:
         try:
             print(record_sweep(workdir, sweep, members))
             over = run_members(sweep, members, workdir, executor)
+            told = executor.failed
         finally:
             lock.release()
 
-    results = read_results(workdir, sweep, members)
+    results = read_results(workdir, sweep, members, told)
     check_metric(results, sweep.metric)
     write_sweep_report(workdir, sweep, results)
     failed = [result for result in results if result.state.startswith("failed")]

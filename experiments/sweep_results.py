@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,17 +44,28 @@ def value_at(rows: MetricRows, metric: str, step: int | None = None) -> tuple[in
 
 
 def read_results(
-    workdir: epath.Path, sweep: SweepConfig, members: Sequence[SweepMember]
+    workdir: epath.Path,
+    sweep: SweepConfig,
+    members: Sequence[SweepMember],
+    failed: Mapping[str, str] = types.MappingProxyType({}),
 ) -> list[Result]:
-    """Return how all members stand, the best first, those without the metric last."""
+    """Return how all members stand, the best first, those without the metric last; `failed` are
+    those of which an executor alone knows it, and how."""
     decided = read_rungs(workdir)
-    found = [_result(workdir / member.name, sweep, member, decided) for member in members]
+    found = [
+        _result(workdir / member.name, sweep, member, decided, failed.get(member.name))
+        for member in members
+    ]
     smallest = sweep.goal == "min"
     return sorted(found, key=lambda r: (r.state != "done", badness(r.value, smallest=smallest)))
 
 
 def _result(
-    folder: epath.Path, sweep: SweepConfig, member: SweepMember, decided: Sequence[Mapping]
+    folder: epath.Path,
+    sweep: SweepConfig,
+    member: SweepMember,
+    decided: Sequence[Mapping],
+    told: str | None,
 ) -> Result:
     rows, starts = read_metrics(folder), read_starts(folder)
     step, value = value_at(rows, sweep.metric)
@@ -63,6 +75,8 @@ def _result(
         state = "done"
     elif failed:
         state = f"failed: {describe_exit(starts[-1]['exit_code'])}"
+    elif told is not None:
+        state = f"failed: {told}"
     elif ended is not None:
         state = f"stopped at step {ended['step']}"
     else:

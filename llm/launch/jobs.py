@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from etils import epath
@@ -41,6 +41,9 @@ class LaunchError(RuntimeError):
 
 class Executor(Protocol):
     """Where jobs run: llm/launch/local.py, slurm.py, skypilot.py."""
+
+    # By name, the jobs that have failed for good and whose starts are not recorded, and how.
+    failed: Mapping[str, str]
 
     def run(self, jobs: Sequence[Job]) -> bool:
         """Run jobs, those left out that are on their way; return whether all are over.

@@ -10,7 +10,8 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from llm.launch.config import LocalConfig
@@ -52,6 +53,8 @@ class LocalExecutor:
     Raises:
       ValueError: there are fewer cores than jobs at a time.
     """
+
+    failed: Mapping[str, str] = types.MappingProxyType({})  # starts are recorded
 
     def __init__(self, config: LocalConfig, *, metric: str = "", stream=None):
         self._config, self._slots = config, make_slots(config)

@@ -55,6 +55,7 @@ class SkyPilotExecutor:
         self._config, self._source, self._files = config, source, files or {}
         self._retry_failed = retry_failed
         self._slice = find_slice(config.slice)
+        self.failed: dict[str, str] = {}
 
     def task_configs(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """Return the tasks of the jobs, as a YAML file of SkyPilot's would hold them."""
@@ -82,15 +83,16 @@ class SkyPilotExecutor:
                 'executor="skypilot" needs the package skypilot, in an environment of its own: '
                 "pip install -c constraints-launch.txt -e '.[launch]'"
             ) from error
+        self.failed = {}
         # Grouped first: a task keeps its name while some of its jobs are done and others are not.
         left = [group for group in self._grouped(jobs) if not all(map(is_done, group))]
-        tasks, on_their_way = [self._task(group) for group in left], False
-        states = _states(sky) if tasks else {}
-        for config in tasks:
-            task = sky.Task.from_yaml_config(config)
+        on_their_way, states = False, _states(sky) if left else {}
+        for group in left:
+            task = sky.Task.from_yaml_config(self._task(group))
             state = states.get(task.name)
             if state is not None and state.is_failed() and not self._retry_failed:
                 print(f"{task.name}: {state.value}; see `sky jobs logs`")
+                self.failed |= {job.name: state.value for job in group if not is_done(job)}
                 continue
             on_their_way = True
             if state is not None and not state.is_terminal():

@@ -8,7 +8,8 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -53,6 +54,8 @@ class SlurmExecutor:
 
     With `retry_failed` jobs that have failed as often as they may are submitted once more.
     """
+
+    failed: Mapping[str, str] = types.MappingProxyType({})  # starts are recorded
 
     def __init__(self, config: SlurmConfig, folder: epath.Path, *, retry_failed: bool = False):
         self._config, self._folder = config, absolute(folder) / "slurm"

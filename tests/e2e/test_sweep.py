@@ -192,3 +192,15 @@ def test_a_sweep_of_which_nothing_has_run_has_a_report(tmp_path):
     results = read_results(epath.Path(tmp_path), sweep, resolve(sweep))
     write_sweep_report(epath.Path(tmp_path), sweep, results)
     assert "2: 2 not finished" in (tmp_path / "report.md").read_text()
+
+
+def test_what_an_executor_alone_knows_to_have_failed_is_told(tmp_path):
+    """A cloud's job that never came to write anything."""
+    sweep = SweepConfig(recipe="configs/pretrain_tiny.py", members=grid({"seed": [1, 2]}))
+    members = resolve(sweep)
+    told = {members[0].name: "FAILED_NO_RESOURCE"}
+    results = read_results(epath.Path(tmp_path), sweep, members, told)
+    write_sweep_report(epath.Path(tmp_path), sweep, results)
+    text = (tmp_path / "report.md").read_text().replace("\\_", "_")
+    assert f"{members[0].name}: failed: FAILED_NO_RESOURCE" in text
+    assert "1 failed" in text and "1 not finished" in text

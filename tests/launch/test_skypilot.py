@@ -161,6 +161,7 @@ def test_jobs_are_launched_once(sky, monkeypatch, capsys):
     )
     assert not executor.run(jobs_of(3, "gs-not-there"))
     assert len(launched) == 4 and launched[3].name == launched[1].name
+    assert executor.failed == {jobs_of(3, "gs-not-there")[0].name: "FAILED"}
     states |= dict.fromkeys((task.name for task in launched), status.FAILED)
     assert executor.run(jobs_of(3, "gs-not-there"))
     # asked to, they are tried again, and then are on their way
