@@ -30,6 +30,7 @@ from llm.models.config import TransformerConfig
 from llm.models.transformer import Transformer, init_cache
 from llm.parallel.hosts import check_batch
 from llm.parallel.rules import batch_sharding, ways
+from llm.rl.reward_model import own_parts
 from llm.rl.rollout import make_sample, repeats
 from llm.rl.state import RlState, init_controllers, with_controllers
 from llm.scaling.accounting import count_flops, num_params
@@ -45,7 +46,10 @@ def plan_rlhf(config: RlhfConfig, shape: TransformerConfig, mesh: Mesh) -> Stage
     rewards, notes = _reward_models(config, shape)
     resident = resident_bytes(state) | reference_bytes(frozen)
     if rewards:
-        resident["reward models"] = sum(4.0 * num_score_params(each) for each in rewards.values())
+        own = _devices_of_a_process(mesh)
+        resident["reward models"] = sum(
+            4.0 * num_score_params(each) / own_parts(each.width, own) for each in rewards.values()
+        )
     everything, policy = sum(resident.values()), state.params["policy"]
     sampling = _sampled(config, models.policy, mesh)
     rollout = StageProgram(
@@ -202,6 +206,11 @@ def _scoring_flops(config: RlhfConfig, shape: TransformerConfig, batch_responses
     width = min(width, shape.max_length_tokens)
     rows = -(-config.responses_per_step // batch_responses) * batch_responses
     return rows * width * count_flops(shape, width).forward(head=False)
+
+
+def _devices_of_a_process(mesh: Mesh) -> int:
+    devices = list(mesh.devices.flat)
+    return sum(device.process_index == devices[0].process_index for device in devices)
 
 
 def _reward_models(

@@ -1,19 +1,22 @@
 """A reward model as a plain reward function of texts. Third floor."""
 
-import contextlib
 import logging
+import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from llm.data.comparisons import encode_answers
 from llm.data.rows import tell_rows
 from llm.data.tokenizers import Tokenizer
 from llm.generation.prompts import bucket_length
 from llm.models.scalar import ScalarModel, at_last_token
+from llm.models.transformer import logical_axes
 from llm.parallel.config import MeshConfig
 from llm.parallel.mesh import make_mesh
+from llm.parallel.rules import batch_sharding, make_shardings
 from llm.rl.prompts import Prompt
 from llm.rl.rewards import RewardFn
 
@@ -38,8 +41,12 @@ def make_model_reward(
     program serves them all; longer ones are bucketed. The function raises a ValueError for a prompt
     that leaves no room for a response; a row that is longer than the model's window loses its
     beginning, since the score is read at the end, and is named in the log.
+
+    Each process scores its own responses, on its own devices, which share the parameters.
     """
-    params = jax.device_put(params)
+    mesh = _own_mesh(model.config.width)
+    params = jax.device_put(params, make_shardings(mesh, logical_axes(model), params))
+    num_rows = -(-batch_responses // mesh.size) * mesh.size
     length_limit = model.config.max_length_tokens
 
     @jax.jit
@@ -51,14 +58,15 @@ def make_model_reward(
         rows = _encode(prompts, responses, tokenizer, length_limit)
         width = min(bucket_length(max(usual_tokens, *map(len, rows))), length_limit)
         found = []
-        for start in range(0, len(rows), batch_responses):
-            part = rows[start : start + batch_responses]
-            tokens = np.zeros((batch_responses, width), np.int32)
-            real = np.zeros((batch_responses, width), np.int32)
+        for start in range(0, len(rows), num_rows):
+            part = rows[start : start + num_rows]
+            tokens = np.zeros((num_rows, width), np.int32)
+            real = np.zeros((num_rows, width), np.int32)
             for i, row in enumerate(part):
                 tokens[i, : len(row)], real[i, : len(row)] = row, 1
-            with _own_devices():
-                found.append(np.asarray(scores_of(params, tokens, real))[: len(part)])
+            with jax.set_mesh(mesh):
+                placed = jax.device_put((tokens, real), batch_sharding(mesh, tokens.shape))
+                found.append(np.asarray(scores_of(params, *placed))[: len(part)])
         return (np.concatenate(found) - shift) / scale
 
     return reward
@@ -85,8 +93,13 @@ def _encode(
     return rows
 
 
-def _own_devices() -> contextlib.AbstractContextManager:
-    """Return a mesh of this process's devices to compute in: each scores other responses."""
-    if jax.process_count() == 1:
-        return contextlib.nullcontext()
-    return jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()))
+def _own_mesh(width: int) -> Mesh:
+    """Return a mesh of this process's devices over which parameters of such a width can be cut."""
+    devices = jax.local_devices()
+    parts = own_parts(width, len(devices))
+    return make_mesh(MeshConfig(data=len(devices) // parts, fsdp=parts), devices)
+
+
+def own_parts(width: int, num_devices: int) -> int:
+    """Return into how many parts a process's devices cut a reward model of that width."""
+    return math.gcd(width, num_devices)

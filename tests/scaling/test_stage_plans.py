@@ -163,13 +163,13 @@ def test_policy_gradients_sample_look_and_learn():
     assert rollout.beside == sum(stage.resident.values()) - WEIGHTS
 
 
-def test_a_reward_model_lies_whole_on_each_chip_and_scores_what_was_sampled():
+def test_a_reward_model_lies_over_a_process_and_scores_what_was_sampled():
     model = {"judge": RewardConfig(kind="model", path="runs/not_trained", batch_responses=3)}
     stage = planned(rlhf(rewards=model))
     _, score, learn = stage.programs
     assert score.name == "reward judge" and score.lower is None
     trunk = num_params(SHAPE) - D * V + D + 1  # a score in place of the vocabulary
-    assert stage.resident["reward models"] == learn.beside == 4 * trunk
+    assert stage.resident["reward models"] == learn.beside == 4 * trunk / 4  # four devices
     layers = 2 * KERNELS + 4 * L * 8 * D  # of 16 positions each sees half
     assert score.products == pytest.approx(9 * 16 * layers, rel=1e-3)  # 8 responses, in threes
     (note,) = stage.notes
