@@ -173,13 +173,14 @@ def _read_a_token(config: RlhfConfig, shape: TransformerConfig, policy: dict, me
 
 
 def _sampling_kernels(config: RlhfConfig, training: PolicyTraining, sampling: _Sampled) -> float:
-    """Attention over a cache is no kernel's; experts are."""
-    shape = training.models.policy.config
-    if not shape.moe_layers:
-        return 0.0
-    read = math.prod(sampling.prompts.shape)
-    tokens = read + config.responses_per_step * (config.rollout.response_tokens - 1)
-    return tokens * grouped_flops(shape, config.compute, backward=False)
+    """Prompts are read as rows are; attention of one token to a cache is no kernel's."""
+    shape, width = training.models.policy.config, config.rollout.prompt_tokens
+    read = Passes(math.prod(sampling.prompts.shape), width, backward=False)
+    flops = kernel_flops(shape, config.compute, None, read)
+    if shape.moe_layers:
+        tokens = config.responses_per_step * (config.rollout.response_tokens - 1)
+        flops += tokens * grouped_flops(shape, config.compute, backward=False)
+    return flops
 
 
 def _learning_kernels(config: RlhfConfig, training: PolicyTraining) -> float:

@@ -76,7 +76,7 @@ def _draw(
         "perf/generation_seconds": sampled - started,
         "perf/scoring_seconds": time.perf_counter() - sampled,
     }
-    means = {f"rl/reward/{name}": float(np.mean(x)) for name, x in by_source.items()}
+    means = _means_everywhere({f"rl/reward/{name}": x for name, x in by_source.items()})
     return Collected(rollout, scores, prompts, texts, means | seconds)
 
 
@@ -126,6 +126,14 @@ def _fill(kept: Collected, more: Collected, group: int, mesh: Mesh) -> Collected
         pick(kept.texts, more.texts),
         seconds,
     )
+
+
+def _means_everywhere(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Return the means over all hosts, whose shares are equal."""
+    here = np.array([np.mean(x) for x in scores.values()], np.float32)
+    if jax.process_count() > 1:
+        here = multihost_utils.process_allgather(here).mean(axis=0)
+    return dict(zip(scores, here.tolist(), strict=True))
 
 
 def _everywhere(here: bool) -> bool:
