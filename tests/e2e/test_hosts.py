@@ -91,3 +91,21 @@ def test_another_config_is_named_by_all_and_nothing_is_trained(folder, tmp_path)
     for process in both:
         assert "differ in config.seed (2, 1)" in finish(process, expect=2)
     assert not workdir.exists()
+
+
+def test_two_processes_learn_from_feedback_as_one_does(tmp_path):
+    """All that is logged but clocks: means over all responses, whichever process scored them."""
+    stages = {"pretrain": FLAGS, "finetune": (), "reward": (), "preference": (), "rlhf": ()}
+    make_life(tmp_path, stages)
+    for stage in ("finetune", "reward", "preference", "rlhf"):
+        workdir = tmp_path / f"{stage}-of-two"
+        mesh = "--config.mesh.data=1", "--config.mesh.fsdp=2"
+        for process in start_together(stage, tmp_path, workdir, *mesh):
+            finish(process)
+        ours, alone = (read_metrics(run) for run in (workdir, tmp_path / stage))
+        assert len(ours) == len(alone) > 0
+        for one, other in zip(ours, alone, strict=True):
+            assert one.keys() == other.keys()
+            for name in (name for name in one if not name.startswith("perf/")):
+                expected = pytest.approx(other[name], rel=1e-3, abs=1e-5, nan_ok=True)
+                assert one[name] == expected, (stage, name, one["step"])
