@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from configs.schema import EvaluationConfig, PretrainConfig
+from experiments import assembly
 from experiments import pretrain as entry_point
-from experiments import pretraining
 from llm.data.config import DataConfig, SourceConfig, TokenizerConfig
 from llm.models.presets import from_depth
 from llm.parallel.config import MeshConfig
@@ -84,8 +84,8 @@ class Recorder:
 
     def __init__(self, monkeypatch):
         self.batches, self.first_digests, self.num_packed = [], [], 0
-        self._make_train_step = pretraining.make_train_step
-        monkeypatch.setattr(pretraining, "make_train_step", self.make_train_step)
+        self._make_train_step = assembly.make_train_step
+        monkeypatch.setattr(assembly, "make_train_step", self.make_train_step)
 
     def make_train_step(self, *arguments, **options):
         step = self._make_train_step(*arguments, **options)
