@@ -113,7 +113,7 @@ def stage_table(rows: list[dict]) -> str:
                 program["program"],
                 f"{program['height_gb']:.2f}" if compiled else "",
                 f"{program['beside_gb']:.2f}",
-                f"{row['memory_gb']['limit']:.1f}" + ("" if program["fits"] else " (too large)"),
+                f"{row['memory_gb']['limit']:.1f}",
                 f"{program['flops']:.3g}",
                 *(f"{seconds[name]:.3g}" for name in ("compute", "memory", "network")),
                 program["bound_by"],

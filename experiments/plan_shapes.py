@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from llm.data.comparisons import empty_batch
 from llm.data.config import ComparisonsConfig
 from llm.models.config import ComputeConfig, TransformerConfig
 from llm.models.scalar import ScalarModel
@@ -83,20 +83,8 @@ class Stage(NamedTuple):
 
 
 def comparison_batch(config: ComparisonsConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of a batch of comparisons (llm/data/comparisons.py) and where they lie."""
-    prompts, slots = config.batch_prompts, config.max_responses
-    wide, each = (prompts, slots * config.length_tokens), (prompts, slots)
-    shapes = {
-        "tokens": (wide, jnp.int32),
-        "segment_ids": (wide, jnp.int32),
-        "positions": (wide, jnp.int32),
-        "response_mask": (wide, jnp.float32),
-        "levels": (each, jnp.float32),
-        "present": (each, jnp.bool_),
-        "margins": ((prompts,), jnp.float32),
-        "cursor": ((), jnp.uint32),
-    }
-    batch = {name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}
+    """Return the shapes of a batch of comparisons and where they lie."""
+    batch = empty_batch(config.batch_prompts, config) | {"cursor": np.uint32(0)}
     check_batch(batch, mesh)
     return {name: placed(x, batch_sharding(mesh, x.shape)) for name, x in batch.items()}
 

@@ -52,6 +52,7 @@ from llm.scaling.accounting import num_params
 from llm.training.ahead import abstract_batch
 from llm.training.files import absolute
 from llm.training.preference_loss import ReferenceStep, make_reference_step
+from llm.training.state import TrainState
 
 StageConfig = FinetuneConfig | RewardModelConfig | DirectPreferenceConfig | RlhfConfig
 SOME_STEPS = 10**9  # where their number is not known: the programs are the same
@@ -101,27 +102,19 @@ def _plan_finetuning(config: FinetuneConfig, shape: TransformerConfig, mesh: Mes
     batch = abstract_batch(mesh, config.data.batch_sequences, config.data.length_tokens)
     check_batch(batch, mesh)
     tokens = config.tokens_per_step
-    update = StageProgram(
-        "update",
-        lambda: training.train_step.lower(state, batch),
-        kernels=_kernels(config, training, Passes(tokens, config.data.length_tokens)),
-        moved=updated_bytes(state, training.rates),
-    )
+    update = _update(config, training, state, batch, Passes(tokens, config.data.length_tokens))
     return Stage(mesh, num_params(shape), resident_bytes(state), [update], tokens, steps)
 
 
 def _plan_reward(config: RewardModelConfig, shape: TransformerConfig, mesh: Mesh) -> Stage:
     training = assemble_reward_training(config, shape, mesh, config.total_steps or SOME_STEPS)
     state, batch = state_of(training, mesh), comparison_batch(config.comparisons, mesh)
-    tokens = config.tokens_per_step
-    update = StageProgram(
-        "update",
-        lambda: training.train_step.lower(state, batch),
-        kernels=_kernels(config, training, Passes(tokens, config.comparisons.length_tokens)),
-        moved=updated_bytes(state, training.rates),
-    )
+    passes = Passes(config.tokens_per_step, config.comparisons.length_tokens)
+    update = _update(config, training, state, batch, passes)
     params = num_score_params(shape)
-    return Stage(mesh, params, resident_bytes(state), [update], tokens, config.total_steps)
+    return Stage(
+        mesh, params, resident_bytes(state), [update], config.tokens_per_step, config.total_steps
+    )
 
 
 def _plan_preference(config: DirectPreferenceConfig, shape: TransformerConfig, mesh: Mesh) -> Stage:
@@ -154,15 +147,8 @@ def _plan_preference(config: DirectPreferenceConfig, shape: TransformerConfig, m
                 beside=sum(resident.values()) - used,
             )
         )
-    programs.append(
-        StageProgram(
-            "update",
-            lambda: training.train_step.lower(state, batch),
-            kernels=_kernels(config, training, Passes(tokens, length)),
-            moved=updated_bytes(state, training.rates),
-            beside=resident.get("reference", 0.0),
-        )
-    )
+    update = _update(config, training, state, batch, Passes(tokens, length))
+    programs.append(update._replace(beside=resident.get("reference", 0.0)))
     return Stage(mesh, num_params(shape), resident, programs, tokens, config.total_steps)
 
 
@@ -176,6 +162,17 @@ def _lower_reference(
         return look.jitted(params, models.reference_params({"policy": params}, {}), batch)
 
     return ReferenceStep(jax.jit(look_by_one), look.mesh).lower(params, {}, batch)
+
+
+def _update(
+    config: StageConfig, training: Training, state: TrainState, batch: dict, passes: Passes
+) -> StageProgram:
+    return StageProgram(
+        "update",
+        lambda: training.train_step.lower(state, batch),
+        kernels=_kernels(config, training, passes),
+        moved=updated_bytes(state, training.rates),
+    )
 
 
 def _kernels(config: StageConfig, training: Training, passes: Passes) -> float:

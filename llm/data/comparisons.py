@@ -122,6 +122,21 @@ def spread(records: Sequence[EncodedFeedback], slots: int, seed: int = 0) -> lis
     return pieces
 
 
+def empty_batch(num_prompts: int, config: ComparisonsConfig) -> Batch:
+    """Return the arrays of so many prompts without a response; the cursor is left out."""
+    slots = config.max_responses
+    wide = (num_prompts, slots * config.length_tokens)
+    return {
+        "tokens": np.zeros(wide, np.int32),
+        "segment_ids": np.zeros(wide, np.int32),
+        "positions": np.zeros(wide, np.int32),
+        "response_mask": np.zeros(wide, np.float32),
+        "levels": np.zeros((num_prompts, slots), np.float32),
+        "present": np.zeros((num_prompts, slots), bool),
+        "margins": np.zeros(num_prompts, np.float32),
+    }
+
+
 class ComparisonBatches(Iterator[Batch]):
     """Batches of G prompts with K slots for responses of T tokens; endless, or of one pass.
 
@@ -175,7 +190,7 @@ class ComparisonBatches(Iterator[Batch]):
         if self._cursor >= self._end:
             raise StopIteration
         first = self._cursor + self._host_index * self._local
-        batch = self._empty()
+        batch = empty_batch(self._local, self._config)
         for row, place in enumerate(range(first, min(first + self._local, self._end))):
             epoch, index = divmod(place, len(self.records))
             self._fill(batch, row, int(self._order(epoch)[index]), epoch)
@@ -197,19 +212,6 @@ class ComparisonBatches(Iterator[Batch]):
             return np.arange(len(self.records))
         order = permutation(len(self._families), "comparisons", self._config.seed, epoch)
         return np.concatenate([self._families[family] for family in order.tolist()])
-
-    def _empty(self) -> Batch:
-        slots = self._config.max_responses
-        wide = (self._local, slots * self._config.length_tokens)
-        return {
-            "tokens": np.zeros(wide, np.int32),
-            "segment_ids": np.zeros(wide, np.int32),
-            "positions": np.zeros(wide, np.int32),
-            "response_mask": np.zeros(wide, np.float32),
-            "levels": np.zeros((self._local, slots), np.float32),
-            "present": np.zeros((self._local, slots), bool),
-            "margins": np.zeros(self._local, np.float32),
-        }
 
     def _fill(self, batch: Batch, row: int, index: int, epoch: int) -> None:
         record, length = self.records[index], self._config.length_tokens

@@ -130,10 +130,10 @@ def _fill(kept: Collected, more: Collected, group: int, mesh: Mesh) -> Collected
 
 def _means_everywhere(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Return the means over all hosts, whose shares are equal."""
-    here = np.array([np.mean(x) for x in scores.values()], np.float32)
+    means = [float(np.mean(x)) for x in scores.values()]
     if jax.process_count() > 1:
-        here = multihost_utils.process_allgather(here).mean(axis=0)
-    return dict(zip(scores, here.tolist(), strict=True))
+        means = multihost_utils.process_allgather(np.float32(means)).mean(axis=0).tolist()
+    return dict(zip(scores, means, strict=True))
 
 
 def _everywhere(here: bool) -> bool:

@@ -1,7 +1,8 @@
 """Real processes on one machine, joined over loopback, train what one process trains.
 
-Each has one device and loads only its share of the data. Losses are compared to 1e-5 of themselves
-and parameters to 1e-4: float32 sums depend on their order, which devices share out.
+Each has one device and loads only its share of the data. In pretraining losses are compared to
+1e-5 of themselves and parameters to 1e-4, in later stages all that is logged to 1e-3: float32 sums
+depend on their order, which devices share out.
 """
 
 import json
